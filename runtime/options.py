@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     speculate: bool | int | None
     expected: str | None
     stop: str | Sequence[str] | None
+    special_tokens: Sequence[str] | None
     grammar: Grammar | None
     logprobs: int | None
     logits_processor: LogitsProcessor | None
@@ -82,6 +83,8 @@ class GenerationOptions:
         expected: text that the answer is likely to contain, such as a file before its edit; its
             n-grams are drafted, too.
         stop: strings that end the text; they are not part of it. They do not end thoughts.
+        special_tokens: those of the model's special tokens that are part of the text after the
+            thoughts, such as `["[TOOL_CALLS]"]`; others are left out.
         grammar: constrains the text after the thoughts.
         logprobs: return each token's log probability, and those of this many most likely tokens.
         logits_processor: changes the logits before the next token is drawn; see `LogitsProcessor`.
@@ -97,6 +100,7 @@ class GenerationOptions:
     speculate: bool | int | None = None
     expected: str = ""
     stop: str | Sequence[str] = ()
+    special_tokens: Sequence[str] = ()
     grammar: Grammar | None = None
     logprobs: int | None = None
     logits_processor: LogitsProcessor | None = None
@@ -179,6 +183,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "speculate": ((bool, int, type(None)), f"True, False, None or in 0..{MAX_DRAFT_TOKENS}"),
     "expected": ((str,), "text"),
     "stop": ((str, list, tuple), "text, or a list of texts"),
+    "special_tokens": ((list, tuple), "a list of texts"),
 }
 
 
@@ -189,7 +194,7 @@ def check_type(name: str, value: Any) -> None:
     wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
     if isinstance(plain, int) and plain.bit_length() > _MAX_BITS:
         raise PolicyError(f"{name} is too large a number")
-    if name == "stop" and not wrong:
+    if name in ("stop", "special_tokens") and not wrong:
         wrong = not all(isinstance(word, str) for word in value)
     if wrong:
         raise PolicyError(f"{name}={value!r} must be {what}")

@@ -97,7 +97,9 @@ class Requests:
         ids = self._encoded(prompt, options)
         raw = raw or isinstance(prompt, str) or _continued(prompt)
         before = ids[-_BEFORE:].tolist() if raw else ()
-        writer = TextWriter(self.text, len(ids), tuple(options.stop), before)
+        control = self.text.control
+        shown = frozenset(control[word] for word in options.special_tokens if word in control)
+        writer = TextWriter(self.text, len(ids), tuple(options.stop), before, shown)
         return self.make(ids, options, writer.add, deliver, raw=raw)
 
     def make(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
@@ -20,6 +20,7 @@ class TextWriter:
         prompt_tokens: int,
         stop: Sequence[str],
         before: Sequence[int] = (),
+        shown: Collection[int] = (),
     ):
         """Begins; holds back what may become one of the stop strings.
 
@@ -28,13 +29,14 @@ class TextWriter:
             prompt_tokens: tokens of the prompt, for the chunks.
             stop: strings that end the text.
             before: the last ids of the text that is continued, if it is not a new answer.
+            shown: ids of special tokens that are text.
         """
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._detokenizer, tags = Detokenizer(codec, before), codec.tags
         self._heads = tags.heads if tags is not None else frozenset[int]()
         self._tags = self._heads.union((tags or ())[:2])
         self._naming = False  # whether a channel's name is written, which is not text
-        self._stop, self._held, self._count = stop, "", 0
+        self._stop, self._shown, self._held, self._count = stop, shown, "", 0
         self._fresh = False  # white space that comes now is around thoughts
         self._thinking = False
 
@@ -51,6 +53,7 @@ class TextWriter:
             self._naming = "\n" not in self._codec.piece(step.token)
         elif reason != "stop":  # the EOS token itself is not text
             held += self._detokenizer.add(step.token)
+            held += self._codec.piece(step.token) if step.token in self._shown else ""
         if reason is not None:
             held += self._detokenizer.finish()
         if self._fresh:

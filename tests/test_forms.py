@@ -133,7 +133,7 @@ def test_a_call_is_found_however_its_text_is_cut(said: str, data: st.DataObject)
     [
         ('{"name": "wait", "parameters": {}}', "", ["wait"]),  # as Llama writes it
         ('<tool_call>{"name": "wait"}</tool_call>\n<tool_call>{"name": "count"}', "", [0, 1]),
-        ("<tool_call>count</tool_call>", "<tool_call>count</tool_call>", []),
+        ("<tool_call>three</tool_call>", "<tool_call>three</tool_call>", []),
         ('{"name": "wait"}\n{"name": "count"}', "", [0, 1]),  # where tags are special tokens
         ('{"name": "unknown"}', '{"name": "unknown"}', []),
         ('{"ships": 3}', '{"ships": 3}', []),
@@ -258,7 +258,12 @@ LFM25 = HEAD + BODY.replace(
 PYTHON = HEAD + BODY.replace("CALL", "[{{ call.function.name }}(a=1)]")
 GRANITE3 = HEAD + "{# <|tool_call|> #}" + BODY.replace("CALL", "")
 SMOLLM3 = HEAD.replace("tools", "xml_tools") + BODY
-GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
+GEMMA4 = HEAD + BODY.replace("CALL", "<|tool_call>call:{{ call.function.name }}{a:1}<tool_call|>")
+GLM = HEAD + BODY.replace(
+    "CALL",
+    "<tool_call>{{ call.function.name }}<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
+)
+UNKNOWN = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
 
 
 @pytest.mark.parametrize(
@@ -273,11 +278,14 @@ GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
         (LFM2, True, "aye<|tool_call_start|>[count()]<|tool_call_end|>"),
         (LFM25, True, "aye<|tool_call_start|>[count(a=1)]<|tool_call_end|>"),
         (PYTHON, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
-        (GEMMA4, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (GEMMA4, True, "aye<|tool_call>call:count{a:1}<tool_call|>"),
+        (GLM, True, "aye<tool_call>count<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"),
+        (UNKNOWN, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (SMOLLM3, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
     ],
-    ids="qwen qwq mistral llama3 granite3 silent lfm2 lfm25 python gemma4 smollm3 none".split(),
+    ids="qwen qwq mistral llama3 granite3 silent lfm2 lfm25 python gemma4 glm "
+    "unknown smollm3 none".split(),
 )
 def test_every_template_shows_tools_and_calls_in_a_form_that_is_read(
     template: str, tools: bool, call: str

@@ -14,12 +14,13 @@ from pydantic import BaseModel
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
+from dash_onnx.core.thoughts import Tags, Thoughts
 from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.results import GeneratedToken
 from dash_onnx.runtime.writer import TextWriter
 from dash_onnx.serve.answer import Choice
-from dash_onnx.serve.calls import CallReader
+from dash_onnx.serve.calls import SPECIAL, CallReader
 from dash_onnx.serve.tools import checked_tools, forced_call
 
 COUNT: dict[str, Any] = {"type": "function", "function": {"name": "count"}}
@@ -114,6 +115,67 @@ def in_tags(name: str, **values: str) -> str:
 def test_a_parameter_has_the_type_of_its_schema(name: str, written: str, value: Any) -> None:
     text = in_tags("sail", **{name: written})
     assert read(text, [VOYAGE], 997) == ("", [("sail", {name: value})])
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        # GLM
+        ("<tool_call>sail\n<arg_key>text</arg_key>\n<arg_value>a <b></arg_value>\n{ships}", ""),
+        ("ho<tool_call>sail<arg_key>text</arg_key><arg_value>a <b></arg_value>{ships}", "ho"),
+        # MiniCPM 5
+        (
+            '<function name="sail"><param name="text"><![CDATA[a <b>]]></param>'
+            '<param name="ships">7</param></function>',
+            "",
+        ),
+        # Gemma 4
+        ('ho<|tool_call>call:sail{text:<|"|>a <b><|"|>,ships:7}<tool_call|>', "ho"),
+        ('<|tool_call>call:sail{ships:7,<|"|>text<|"|>:<|"|>a <b><|"|>}', ""),
+        # Command R7B
+        (
+            '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "sail", "parameters": '
+            '{"text": "a <b>", "ships": 7}}\n]<|END_ACTION|>',
+            "",
+        ),
+        # Apriel
+        ('<tool_calls>[{"name": "sail", "arguments": {"text": "a <b>", "ships": 7}}]', ""),
+        # gpt-oss
+        ('to=functions.sail<|channel|>commentary json<|message|>{"text": "a <b>", "ships": 7}', ""),
+    ],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.parametrize("size", [1, 7, 997])
+def test_calls_are_read_in_the_form_of_a_family(written: str, said: str, size: int) -> None:
+    ships = "<arg_key>ships</arg_key><arg_value>7</arg_value></tool_call>"
+    call = "sail", {"text": "a <b>", "ships": 7}
+    assert read(written.replace("{ships}", ships), [VOYAGE], size) == (said, [call])
+    twice = written.replace("{ships}", ships) * 2
+    if not said:
+        assert read(twice, [VOYAGE], size) == ("", [call, call])
+
+
+@pytest.mark.parametrize(
+    ("written", "values"),
+    [
+        ("maybe:None", {"maybe": None}),
+        ('crew:{of:[true,None,1.5],"x":{}}', {"crew": {"of": [True, None, 1.5], "x": {}}}),
+        ('text:<|"|>{a:1}, "b"\n<|"|>', {"text": '{a:1}, "b"\n'}),
+        ('text:<|"|><|"|>, ports:[<|"|>a<|"|>,<|"|>b:<|"|>]', {"text": "", "ports": ["a", "b:"]}),
+        ("", {}),
+    ],
+)
+def test_values_are_read_as_gemma_4_writes_them(written: str, values: dict[str, Any]) -> None:
+    assert read(f"<|tool_call>call:sail{{{written}}}", [VOYAGE], 3) == ("", [("sail", values)])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["<|tool_call>call:sail{", '<|tool_call>call:sail{a:<|"|>b', "<tool_call>sail<arg_key>a"],
+)
+def test_a_call_that_is_cut_off_is_said(written: str) -> None:
+    said, calls = read(written, [VOYAGE], 3)
+    assert said.startswith(written[:10]) and calls == []
 
 
 @pytest.mark.parametrize(
@@ -229,8 +291,10 @@ def test_python_that_is_no_call_is_said(written: str) -> None:
         ("I look.[TOOL_CALLS]count[ARGS]{A}[TOOL_CALLS]count[ARGS]{A}", "I look."),
         ("[TOOL_CALLS]count{A}", ""),
         ("[TOOL_CALLS]count[CALL_ID]a1b2c3d4e[ARGS]{A}", ""),
-        ('[TOOL_CALLS]sail[ARGS]{"ships": 3}', 'sail{"ships": 3}'),  # no tool of this name
-        ("I use [TOOL_CALLS] for calls {no", "I use  for calls {no"),
+        ('[TOOL_CALLS]sail[ARGS]{"ships": 3}', '[TOOL_CALLS]sail[ARGS]{"ships": 3}'),  # no tool
+        ("I use [TOOL_CALLS] for calls {no", "I use [TOOL_CALLS] for calls {no"),
+        ("I look.<|tool_call>call:count{ships:3}<tool_call|>", "I look."),
+        ("I look.<other>[TOOL_CALLS]count{A}<other>", "I look."),
     ],
 )
 @pytest.mark.parametrize("stop", [(), ("look. No.",)], ids=["", "stop"])
@@ -238,18 +302,56 @@ def test_a_call_after_text_is_found_if_its_tag_is_a_special_token(
     text: str, said: str, stop: tuple[str, ...], tiny_bundle: Path
 ) -> None:
     codec = TextCodec(Bundle(tiny_bundle))
-    tags = ["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>"]
-    codec.tokenizer.add_special_tokens(tags)
+    codec.tokenizer.add_special_tokens([*SPECIAL, "<other>"])
     written = text.replace("{}", CALL).replace("{A}", '{"ships": 3}')
-    ids = [*codec.encode(written, add_special_tokens=False).tolist(), 1]
-    writer, choice = TextWriter(codec, 1, stop), Choice(codec, [COUNT])
-    for number, token in enumerate(ids, 1):
-        reason: Any = "stop" if number == len(ids) else None
-        choice.add(writer.add(GeneratedToken(token, ("full",), 0.0, reason)))
+    choice = answered(codec, written, stop)
     assert choice.text.strip() == said
     functions = [call["function"] for call in choice.calls]
-    assert [one["name"] for one in functions] == ["count"] * (text.count("{}") + text.count("{A}"))
+    calls = text.count("{}") + text.count("{A}") + text.count("call:")
+    assert [one["name"] for one in functions] == ["count"] * calls
     assert all(json.loads(one["arguments"]) == {"ships": 3} for one in functions)
+
+
+def answered(codec: TextCodec, written: str, stop: tuple[str, ...] = ()) -> Choice:
+    """An answer with this text, special tokens included, to a request with a tool."""
+    codec.tags = Tags.of(codec.tokenizer)
+    ids = [*codec.encode(written, add_special_tokens=False).tolist(), 1]
+    shown = {codec.tokenizer.token_to_id(text) for text in SPECIAL} - {None}
+    writer, choice = TextWriter(codec, 1, stop, (), shown), Choice(codec, [COUNT])
+    thoughts = Thoughts(codec.tags)
+    for number, token in enumerate(ids, 1):
+        reason: Any = "stop" if number == len(ids) else None
+        thinking = thoughts.took(token)
+        choice.add(writer.add(GeneratedToken(token, ("full",), 0.0, reason, thinking=thinking)))
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("header", "called"),
+    [
+        ("<|channel|>commentary to=functions.count <|constrain|>json<|message|>", True),
+        ("<|start|>assistant to=functions.count<|channel|>commentary json<|message|>", True),
+        ("<|channel|>commentary to=functions.count<|message|>", True),
+        ("<|channel|>commentary to=functions.sail<|message|>", False),  # no tool of this name
+        ("<|channel|>final<|message|>", False),
+    ],
+)
+@pytest.mark.parametrize("thought", ["", "<|channel|>analysis<|message|>Count.<|end|>"])
+def test_calls_of_gpt_oss_are_named_in_a_header(
+    header: str, called: bool, thought: str, tiny_bundle: Path
+) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    words = ["<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>"]
+    codec.tokenizer.add_special_tokens(words)
+    codec.tokenizer.add_tokens(["final", "\u0120to"])
+    start = "<|start|>assistant"  # with which the prompt ends
+    written = (thought + start + header.removeprefix(start)).replace(" to=", "\u0120to=")
+    written = written if thought else written.removeprefix(start)
+    choice = answered(codec, written + '{"ships": 3}')
+    assert choice.reasoning == ("Count." if thought else "")
+    assert [call["function"]["name"] for call in choice.calls] == ["count"] * called
+    assert called == (not choice.text.strip()), choice.text
+    assert called or choice.text.endswith('{"ships": 3}')
 
 
 def test_a_tag_among_thoughts_or_without_tools_opens_no_call(tiny_bundle: Path) -> None:
@@ -258,7 +360,8 @@ def test_a_tag_among_thoughts_or_without_tools_opens_no_call(tiny_bundle: Path) 
     tag = codec.tokenizer.token_to_id("<tool_call>")
     (plain,) = codec.encode("a", add_special_tokens=False).tolist()
     for tools, thinking, said in (([COUNT], True, "a"), ([], False, "a"), ([COUNT], False, "")):
-        writer, choice = TextWriter(codec, 1, ()), Choice(codec, tools)
+        writer = TextWriter(codec, 1, (), (), {tag} if tools else ())
+        choice = Choice(codec, tools)
         choice.add(writer.add(GeneratedToken(tag, ("full",), 0.0, thinking=thinking)))
         assert choice.add(writer.add(GeneratedToken(plain, ("full",), 0.0)))[0] == said
 

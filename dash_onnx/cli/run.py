@@ -185,7 +185,7 @@ def _run(arguments: argparse.Namespace) -> None:
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
     own = {"expected", "grammar", "logits_processor", "logprobs", "max_new_tokens"}
-    own |= {"chat_template_kwargs", "frequency_penalty", "presence_penalty"}
+    own |= {"chat_template_kwargs", "frequency_penalty", "presence_penalty", "special_tokens"}
     schema = arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.calls import CallReader, open_tokens
+from dash_onnx.serve.calls import CallReader, recipient
+
+_HEADER = 100  # most tokens of a header that names a function
 
 
 class TokenLogprobs(NamedTuple):
@@ -45,7 +47,7 @@ class Choice:
         """
         self._most_calls = most_calls
         self._reader = CallReader(tools, tagged=tagged)
-        self._codec, self._opens = codec, open_tokens(codec)
+        self._codec, self._tools, self._thoughts = codec, bool(tools), list[int]()
         self._detokenizer, self._offset = Detokenizer(codec), 0
         self.text, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
@@ -53,8 +55,13 @@ class Choice:
 
     def add(self, chunk: Chunk) -> tuple[str, TokenLogprobs | None]:
         """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
-        opens = chunk.token in self._opens and not chunk.thinking
-        said = self._reader.add(chunk.text, opens=opens)
+        text = chunk.text
+        if chunk.thinking:
+            self._thoughts.append(chunk.token)
+        elif self._tools and self._thoughts:  # their end may be a header
+            self._thoughts, end = [], self._thoughts[-_HEADER:]
+            text = recipient(self._codec.tokenizer.decode(end, skip_special_tokens=False)) + text
+        said = self._reader.add(text)
         if chunk.finish_reason is not None:
             rest, calls = self._reader.finish()
             self.calls = calls[: self._most_calls]

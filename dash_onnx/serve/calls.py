@@ -1,9 +1,9 @@
 """How calls of tools are found in a model's output.
 
 A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with their own
-tags around it, see `FORMS`, or without any, as Llama 3 does. Qwen3-Coder and Qwen3.5 write its
-parts as tags instead of JSON, later models of Mistral only its arguments as JSON, and LFM2 a call
-in Python.
+tags around it, see `FORMS` and `_READ`, or without any, as Llama 3 does. Qwen3-Coder, Qwen3.5 and
+GLM write its parts as tags instead of JSON, later models of Mistral and gpt-oss only its arguments
+as JSON, Gemma 4 as JSON with its own quotes, and LFM2 a call in Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.writer import begins
 
 
@@ -47,16 +46,46 @@ FORMS = (
     Form(("<|tool_call|>",), "<|tool_call|>", ""),  # Granite 3
     Form(("List of tools: ",), "<|tool_call_start|>", "<|tool_call_end|>", python=True),  # LFM2
 )
-_OPENS = tuple(dict.fromkeys(form.open for form in (HERMES, *FORMS)))
-_FUNCTION = "<function="  # where Qwen3-Coder's calls begin if it forgets the tag before them
-# Mistral's later models write the name of a function before its arguments.
-_NAMED = r"([\w-]{1,64})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)"
-_CALL = re.compile(rf"{_NAMED}|\{{|{_FUNCTION}|([\w-]{{1,64}})\(")
-_NAME = re.compile(_FUNCTION + r"([^>\n]+)>\s*")
-_PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*(?=<parameter=|</function>)", re.DOTALL
+_RECIPIENT = "to=functions."  # in the header of gpt-oss's message, before the name of a function
+_QUOTE = '<|"|>'  # Gemma 4's
+_READ = (  # tags before and after calls that only a model's own template writes
+    ("<|tool_call>", "<tool_call|>"),  # Gemma 4
+    (_RECIPIENT, "<|call|>"),  # gpt-oss
+    ("<|START_ACTION|>", "<|END_ACTION|>"),  # Command R7B
+    ("<tool_calls>", "</tool_calls>"),  # Apriel
+    # Tags with the name of a function, which Qwen3-Coder may write without the tag before them.
+    ("<function=", ""),
+    ('<function name="', ""),  # MiniCPM 5
 )
-_END = "</function>"
+_OPENS = tuple(dict.fromkeys([*(form.open for form in (HERMES, *FORMS)), *(o for o, _ in _READ)]))
+_CLOSES = tuple(dict.fromkeys([*(form.close for form in (HERMES, *FORMS)), *(c for _, c in _READ)]))
+_INSIDE = (_QUOTE, "[CALL_ID]", "[ARGS]", "<|channel|>", "<|constrain|>", "<|message|>")
+SPECIAL = (*_OPENS, *filter(None, _CLOSES), *_INSIDE)
+"""What counts as text of an answer that may call tools, though it may be a special token."""
+
+_NAMED = (
+    r"(?P<named>[\w-]{1,64})(?:\[CALL_ID\]\w*)?"
+    r"(?:\[ARGS\]|(?: ?<\|[^{}\n]{0,50})?<\|message\|>)?(?=\{)"
+)
+_TAGGED = (
+    r'<function(?:=| name=")(?P<function>[^>"\n]+)"?>\s*'
+    r"|<tool_call>\s*(?P<keyed>[\w-]{1,64})\s*(?=<arg_key>|</tool_call>)"
+)
+_CALL = re.compile(rf"{_NAMED}|\{{|{_TAGGED}|(?P<python>[\w-]{{1,64}})\(")
+_PARAMETER = re.compile(
+    r'<param(?:eter)?(?:=| name=")(?P<name>[^>"\n]+)"?>\n?(?P<value>.*?)\n?</param(?:eter)?>\s*'
+    r"(?=<param|</function>)",
+    re.DOTALL,
+)
+_PAIR = re.compile(
+    r"<arg_key>(?P<name>[^<\n]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>\s*"
+    r"(?=<arg_key>|</tool_call>|$)",
+    re.DOTALL,
+)
+_END = re.compile(r"(?P<function></function>)|(?=</tool_call>)|$")
+_VERBATIM = re.compile(r"<!\[CDATA\[(.*)\]\]>", re.DOTALL)
+_KEY = re.compile(r"([{,]\s*)([^\s{},:\[\]\"][^{},:\[\]]*):")  # Gemma 4's, without quotes
+_NONE = re.compile(r"(?<=[:,\[])None(?=[],}])")
 _PYTHON = {"True": True, "False": False, "None": None}  # as Qwen's templates write them
 _JSON = {"true": True, "false": False, "null": None}  # names in Python
 _MOST_PYTHON, _MOST_ENDS = 20_000, 500  # characters of a call, and brackets that may end it
@@ -69,15 +98,15 @@ _KINDS = {
     type(None): {"null"},
 }
 _UNTYPED = {"string", "object", "array"}  # what a parameter may be if its schema names no type
-# What may follow a call. Tags that are special tokens do not appear in the text.
-_AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>|<\|tool_call_end\|>)?\s*")
+# What may follow a call.
+_AFTER = re.compile(rf"\s*[],]?\s*(?:{'|'.join(map(re.escape, filter(None, _CLOSES)))})?\s*")
 _BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 
 
-def open_tokens(codec: TextCodec) -> frozenset[int]:
-    """Ids of tokens that are a tag before calls; as special tokens they do not appear in text."""
-    found = map(codec.tokenizer.token_to_id, _OPENS)
-    return frozenset(token for token in found if token is not None)
+def recipient(header: str) -> str:
+    """The end of a header's text, as gpt-oss writes it, from where it names a function; or ""."""
+    _, found, after = header.rpartition(_RECIPIENT)
+    return found + after if found and "<|message|>" in after else ""
 
 
 class CallReader:
@@ -92,21 +121,13 @@ class CallReader:
         """
         functions = [tool["function"] for tool in tools]
         self._schemas = {one["name"]: one.get("parameters") or {} for one in functions}
-        self._held, self._spoke, self._opened, self._tagged = "", False, False, tagged
+        self._held, self._spoke, self._tagged = "", False, tagged
 
-    def add(self, text: str, *, opens: bool = False) -> str:
-        """Adds text; returns the part that is certainly content, as the rest may be a call.
-
-        Args:
-            text: text of the answer.
-            opens: whether its token is one of `open_tokens`.
-        """
+    def add(self, text: str) -> str:
+        """Adds text; returns the part that is certainly content, as the rest may be a call."""
         if not self._schemas:
             return text
         self._held += text
-        self._opened = self._opened or opens
-        if self._opened:
-            return ""
         if self._tagged:
             begun = self._held.lstrip()
             if any(begun.startswith(tag) or tag.startswith(begun) for tag in _OPENS):
@@ -115,14 +136,14 @@ class CallReader:
             return said
         if not self._spoke and self._held.strip() and _BARE.match(self._held):
             return ""
-        at = min(begins(self._held, tag) for tag in (*_OPENS, _FUNCTION))
+        at = min(begins(self._held, tag) for tag in _OPENS)
         said, self._held = self._held[:at], self._held[at:]
         self._spoke = self._spoke or bool(said.strip())
         return said
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The remaining content at the end, and the calls in OpenAI's form."""
-        said, calls, rest = "", [], self._held
+        said, calls, rest = "", [], _in_own_quotes(self._held)
         self._held = ""
         while rest:
             found = _CALL.search(rest)
@@ -139,16 +160,17 @@ class CallReader:
 
     def _call(self, found: re.Match[str]) -> tuple[dict[str, Any] | None, int]:
         """The call that begins at a match of `_CALL`, if any, and where it ends."""
-        text, start = found.string, found.start()
-        if name := found[1]:
-            short = name[:-9]  # without an identifier, whose tag does not appear in the text
-            if name not in self._schemas and short in self._schemas and name[-9:].isalnum():
-                name = short
+        text, start, name = found.string, found.start(), found[found.lastgroup or 0]
+        if found.lastgroup is None:
+            written = _in_json(text, start)
+        elif name not in self._schemas:
+            written = None
+        elif found["named"]:
             written = _in_json(text, found.end(), name)
-        elif found[2]:
-            written = _in_python(text, start, found[2]) if found[2] in self._schemas else None
+        elif found["python"]:
+            written = _in_python(text, start, name)
         else:
-            written = _in_json(text, start) if text[start] == "{" else self._in_tags(text, start)
+            written = self._in_tags(found, name)
         if written is None or written[0] not in self._schemas:
             return None, 0
         name, arguments, end = written
@@ -161,18 +183,30 @@ class CallReader:
         number = uuid.uuid4().hex[:9]  # the only length that Mistral's templates accept
         return {"id": number, "type": "function", "function": function}, end
 
-    def _in_tags(self, text: str, start: int) -> tuple[str, Any, int] | None:
+    def _in_tags(self, begun: re.Match[str], name: str) -> tuple[str, Any, int] | None:
         """Name and arguments of a call in tags, and where it ends."""
-        name = _NAME.match(text, start)
-        if name is None or name[1] not in self._schemas:
-            return None
-        document, arguments, end = self._schemas[name[1]], {}, name.end()
+        text, end = begun.string, begun.end()
+        document, arguments = self._schemas[name], {}
         schema = _part(document, str(document.get("$ref", "#")))
-        while found := _PARAMETER.match(text, end):
-            kinds = _kinds(_member(_member(schema, "properties"), found[1]), document)
-            arguments[found[1]] = _value(found[2], kinds)
+        pattern = _PAIR if begun["keyed"] else _PARAMETER
+        while found := pattern.match(text, end):
+            kinds = _kinds(_member(_member(schema, "properties"), found["name"]), document)
+            written = _VERBATIM.fullmatch(found["value"])
+            arguments[found["name"]] = _value(written[1] if written else found["value"], kinds)
             end = found.end()
-        return (name[1], arguments, end + len(_END)) if text.startswith(_END, end) else None
+        closed = _END.match(text, end)
+        whole = closed is not None and bool(closed["function"]) == bool(begun["function"])
+        return (name, arguments, closed.end()) if closed is not None and whole else None
+
+
+def _in_own_quotes(text: str) -> str:
+    """Text in which calls of Gemma 4, `call:NAME{key:<|"|>value<|"|>}`, have JSON's quotes."""
+    if _QUOTE not in text and "<|tool_call>" not in text:
+        return text
+    parts = text.replace("<|tool_call>call:", "<|tool_call>").split(_QUOTE)
+    parts[::2] = (_NONE.sub("null", _KEY.sub(r'\1"\2":', part)) for part in parts[::2])
+    parts[1::2] = (json.dumps(part, ensure_ascii=False) for part in parts[1::2])
+    return "".join(parts)
 
 
 def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | None:
@@ -183,7 +217,7 @@ def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | N
         return None
     if known:
         return known, call, end
-    name = call.get("name")
+    name = call.get("name", call.get("tool_name"))
     if not isinstance(name, str):
         return None
     return name, call.get("arguments", call.get("parameters", {})), end

@@ -11,6 +11,7 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.calls import SPECIAL
 from dash_onnx.serve.tools import call_or_answer, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -236,7 +237,8 @@ class ChatRequest(GenerationRequest):
             if (schema := self.response_format.schema_of_answer()) is None:
                 raise PolicyError("tools go with a response_format of JSON, no other grammar")
             call = call_or_answer(self.offered, schema, codec)
-        return options if call is None else dataclasses.replace(options, grammar=call)
+        shown = SPECIAL if self.offered else ()
+        return dataclasses.replace(options, grammar=call or options.grammar, special_tokens=shown)
 
     @property
     def offered(self) -> list[dict[str, Any]]:

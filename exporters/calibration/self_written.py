@@ -136,7 +136,7 @@ def sample_text(
     with Phase(label, total=len(openings) * (length - 1), unit="tokens") as phase:
         for part in parts:
             sequence = SequenceState(sessions, length, len(part))
-            writers = [_Writer(openings[row], turns) for row in part]
+            writers = [_Writer(openings[int(row)], turns) for row in part]
             ids[part, 0] = [writer.given.popleft() for writer in writers]
             for position in range(length - 1):
                 logits = sequence.forward(ids[part, position, None], decider)[0]
