@@ -375,3 +375,14 @@ def test_collections_of_garbage_leave_out_what_an_export_imports(
     for _ in range(2):
         prepare_export()
     assert frozen == [True]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_what_is_frozen_is_collected_at_exit_if_triton_would_call_it_leaked(triton: bool) -> None:
+    program = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "from dash_onnx.cli.prepare import prepare_export; prepare_export(); "
+        f"sys.modules.update({{'triton': sys}} if {triton} else {{}})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{not triton}\n", "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
+import sys
 
 from dash_onnx.exporters.installed import require
 
@@ -33,8 +35,15 @@ def prepare_export() -> None:
             gc.enable()
     if not gc.get_freeze_count():
         gc.freeze()
+        atexit.register(_unfreeze)
     if _LOG.isEnabledFor(logging.DEBUG):
         transformers.logging.set_verbosity_warning()
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _unfreeze() -> None:
+    """Before Triton, which PyTorch's default build imports, prints all that is left as leaks."""
+    if "triton" in sys.modules:
+        gc.unfreeze()
