@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="answers to print")
     arguments = parser.parse_args()
     model = dash_onnx.load(arguments.bundle)
     scorer = model.manifest.scorer
@@ -52,7 +50,7 @@ def main() -> None:
         answers: list[list[int]] = []
         ended = 0
         name = budget or policy
-        for number, text in enumerate(tqdm(texts, desc=name, disable=None)):
+        for text in tqdm(texts, desc=name, disable=None):
             message = {"role": "user", "content": text}
             answer = list(
                 model.stream(
@@ -65,8 +63,6 @@ def main() -> None:
             )
             answers.append([chunk.token for chunk in answer])
             ended += answer[-1].finish_reason == "stop"
-            if number < arguments.show:
-                print(f"--- {text!r}\n{''.join(chunk.text for chunk in answer)}", file=sys.stderr)
         row: dict[str, Any] = {"name": name, "ended": ended / len(answers)}
         for what, measure in (("length", len), ("repeated", repeated)):
             values = [float(measure(answer)) for answer in answers]

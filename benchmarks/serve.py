@@ -4,7 +4,7 @@
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # `serve run`, or another server
     python benchmarks/serve.py out/ --without-drafts --clients 1,16 --long 0
-    python benchmarks/serve.py out/ --prompts spec_bench.jsonl --category summarization
+    python benchmarks/serve.py out/ --prompts spec_bench.jsonl
 
 Each server runs in its own process, and clients stream answers from it over HTTP; servers take
 turns, since the speed of a machine varies over time. Two figures are measured: how many tokens per
@@ -132,7 +132,6 @@ def main() -> None:
     parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
     parser.add_argument("--prompts", type=Path, help="JSON lines as of speculate.py")
-    parser.add_argument("--category", help="of those prompts, no others")
     parser.add_argument("--budget", help="or --policy, of all requests")
     parser.add_argument("--policy")
     parser.add_argument("--max-tokens", type=int, default=96, help="(default: 96)")
@@ -141,8 +140,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.category and not arguments.prompts:
-        parser.error("--category needs --prompts")
     clients = [int(count) for count in arguments.clients.split(",")]
     threads = str(arguments.threads)
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
@@ -305,7 +302,7 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields prompts endlessly without repetition, since a server holds earlier ones."""
     texts = PROMPTS
     if arguments.prompts:
-        texts = tuple(read_prompts(arguments.prompts, arguments.category))
+        texts = tuple(read_prompts(arguments.prompts))
     return (f"Letter {number}. {text}" for number, text in enumerate(itertools.cycle(texts)))
 
 

@@ -49,7 +49,7 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
 def help_of(tool: str) -> str:
     """What `tool --help` prints."""
-    os.environ["COLUMNS"] = "80"
+    os.environ |= {"COLUMNS": "80", "PYTHON_COLORS": "0"}
     (entry,) = entry_points(group="console_scripts", name=tool)
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):

@@ -62,6 +62,7 @@ pipeline.profile = profiled
 # With models this small, torch's and ORT's threads would compete for two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in commands that tests run: there are two workers
+os.environ["PYTHON_COLORS"] = "0"  # tests read help and tracebacks
 
 PINS = hasattr(os, "sched_setaffinity")
 CORES = sorted(os.sched_getaffinity(0)) if PINS else []

@@ -380,12 +380,10 @@ def test_the_prefill_is_measured_where_the_context_holds_it(
     assert [row["contexts"] for row in found["contenders"]] == [{}, {}]
 
 
-def test_prompts_of_one_category_are_read_apart(tmp_path: Path) -> None:
+def test_prompts_of_a_file_may_be_turns(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "category": "qa"}\n{"turns": ["b"], "category": "rag"}\n')
-    assert read_prompts(path) == ["a", "b"] and read_prompts(path, "rag") == ["b"]
-    with pytest.raises(SourceError, match="holds no prompt"):
-        read_prompts(path, "none")
+    path.write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\n')
+    assert read_prompts(path) == ["a", "b"]
 
 
 def test_the_mark_of_utf_8_is_no_part_of_a_file(tmp_path: Path) -> None:

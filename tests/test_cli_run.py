@@ -123,7 +123,7 @@ def test_an_answer_has_the_form_of_a_schema(
     assert json.loads(facts["text"]) in ("night", "noon")
     schema.write_text('{"const": "night"}')  # all of it is forced: no pass of a token is timed
     facts = json_of(capsys, tiny_bundle, "when?", "--json-schema", schema, "--max-tokens", 2)
-    assert facts["tokens_per_second"] is None and facts["generated_tokens"] == 2
+    assert facts["tokens_per_s"] is None and facts["generated_tokens"] == 2
     for content in ("{", '{"type": "foo"}'):
         schema.write_text(content)
         refused(capsys, tiny_bundle, "when?", "--json-schema", schema)
@@ -161,9 +161,9 @@ def test_json_is_one_object_with_text_and_figures(
         "finish_reason",
         "prompt_tokens",
         "generated_tokens",
-        "time_to_first_token_ms",
+        "ttft_ms",
         "ms_per_token",
-        "tokens_per_second",
+        "tokens_per_s",
         "policy",
         "budget",
         "sampling",
@@ -177,9 +177,9 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
     assert facts["generated_tokens"] == 6
     assert facts["load_ms"] > 0
-    assert facts["time_to_first_token_ms"] > 0
+    assert facts["ttft_ms"] > 0
     assert facts["ms_per_token"] > 0
-    assert facts["tokens_per_second"] > 0
+    assert facts["tokens_per_s"] > 0
     assert facts["policy"] == "balanced"
     assert facts["actions"] == {tiny_model.policy().uniform[0]: 1.0}
 
@@ -231,7 +231,7 @@ def test_a_single_token_has_no_decoding_figures(tiny_bundle: Path, capsys: Captu
     facts = json_of(capsys, tiny_bundle, PROMPT, "--max-tokens", 1, "--ignore-eos")
     assert facts["generated_tokens"] == 1
     assert facts["ms_per_token"] is None
-    assert facts["tokens_per_second"] is None
+    assert facts["tokens_per_s"] is None
     assert facts["actions"] == {}
     assert run(tiny_bundle, PROMPT, "--max-tokens", 1, "--ignore-eos") == 0
     assert "1 token" in capsys.readouterr().err

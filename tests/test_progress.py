@@ -160,7 +160,7 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(tmp_path: Pat
         env=ONE_THREAD,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["out"] == str(out)
+    assert json.loads(done.stdout)["folder"] == str(out)
     tool, log = "dash-export: ", done.stderr.splitlines()
     assert all(line.startswith(tool) for line in log)
     lines = [line.removeprefix(tool) for line in log]

@@ -26,7 +26,7 @@ from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
 from dash_onnx.exporters.sources.gguf_tokenizer import PRE_TOKENIZERS
-from dash_onnx.exporters.train.options import PLANS, plan_of
+from dash_onnx.exporters.train.options import PLANS, TrainOptions
 from dash_onnx.exporters.train.tables import ROWS
 from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS
 from dash_onnx.runtime.kv import CAPACITY
@@ -199,7 +199,7 @@ def test_the_guide_to_training_counts_the_tokens_of_each_effort() -> None:
     few = re.findall(r"`quick` uses ([\d,]+) tokens", text)
     plans = [
         *((PLANS[effort], said) for effort, said in rows),
-        (plan_of("quick", facts_of(3)), few[0]),
+        (TrainOptions().plan_for(facts_of(3)), few[0]),
     ]
     for plan, said in plans:
         tokens = (plan.sequences + plan.held_out) * plan.length

@@ -242,6 +242,7 @@ def test_tags_that_are_no_call_are_said(text: str) -> None:
             [("sail", {"crew": {"of": [True, None, False]}})],
         ),
         ("sail(maybe=None, night=False)", [("sail", {"maybe": None, "night": False})]),
+        (r"sail(text='\d+\.\n')", [("sail", {"text": "\\d+\\.\n"})]),
         ("count()", [("count", {})]),
         ("count(), sail(ships=1)", [("count", {}), ("sail", {"ships": 1})]),
     ],

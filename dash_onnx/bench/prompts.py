@@ -20,22 +20,14 @@ PROMPTS = (
 )
 
 
-def read_prompts(path: Path, category: str | None = None) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """One prompt per line; in `.jsonl`, `prompt` or the first of `turns` (as in Spec-Bench).
-
-    Args:
-        path: the file.
-        category: category of records in `.jsonl`; None takes all.
 
     Raises:
         SourceError: the file is missing, not text or without prompts, or a line has another form.
     """
     if path.suffix == ".jsonl":
-        prompts = [
-            _prompt(record, where)
-            for where, record in json_lines(path)
-            if category in (None, record.get("category") if isinstance(record, dict) else None)
-        ]
+        prompts = [_prompt(record, where) for where, record in json_lines(path)]
     else:
         prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:

@@ -20,6 +20,7 @@ from dash_onnx.cli.common import (
     add_reference_option,
     add_threads_option,
     aligned,
+    at_least,
     load_reference,
     log_level,
     positive,
@@ -84,7 +85,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--max-tokens",
-        type=_at_least_two,
+        type=at_least(2, ": the first token includes the prompt"),
         default=96,
         metavar="N",
         help="tokens to generate for each prompt (default: 96)",
@@ -131,12 +132,6 @@ def _parser() -> Parser:
     add_json_option(parser)
     add_log_options(parser)
     return parser
-
-
-def _at_least_two(text: str) -> int:
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2: the first token includes the prompt")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

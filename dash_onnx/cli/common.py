@@ -160,20 +160,18 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def at_least(least: int, why: str = "") -> Callable[[str], int]:
+    """An argparse type: an integer of at least so much, and why."""
+
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}{why}")
+        return int(text)
+
+    return integer
 
 
-def count(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return value
+positive, count = at_least(1), at_least(0)
 
 
 def may_repeat(text: str) -> bool:

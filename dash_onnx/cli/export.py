@@ -185,7 +185,7 @@ def _export(arguments: argparse.Namespace, variants: tuple[Action, ...], wide: b
         facts = dataclasses.asdict(manifest)
         del facts["files"], facts["ropes"], facts["attention"]
         facts["check"] = checked and dataclasses.asdict(checked)
-        print(json.dumps({"out": str(arguments.out), **facts}))
+        print(json.dumps({"folder": str(arguments.out), **facts}))
     else:
         print(summary(manifest, arguments.out), *plans_table(manifest), sep="\n")
         if manifest.scorer is not None:

@@ -65,11 +65,11 @@ class Record:
             "finish_reason": done.finish_reason,
             "prompt_tokens": done.prompt_tokens,
             "generated_tokens": done.generated_tokens,
-            "time_to_first_token_ms": round(first, 3),
+            "ttft_ms": round(first, 3),
             "ms_per_token": round(statistics.median(decode), 3) if spent else None,
             "draft_tokens": done.draft_tokens,
             "accepted_tokens": done.accepted_tokens,
-            "tokens_per_second": round(1e3 * len(decode) / spent, 2) if spent else None,
+            "tokens_per_s": round(1e3 * len(decode) / spent, 2) if spent else None,
             "policy": self.policy.name,
             "budget": self.policy.budget,
             "sampling": dataclasses.asdict(self.sampling),
@@ -80,7 +80,7 @@ class Record:
     def line(self) -> str:
         """The summary after the text."""
         facts = self.figures()
-        speed = facts["tokens_per_second"]
+        speed = facts["tokens_per_s"]
         accepted, drafted = facts["accepted_tokens"], facts["draft_tokens"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
         return (
@@ -88,7 +88,7 @@ class Record:
             + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
             + f"{facts['generated_tokens']} tokens"
             + (f", {speed:.1f} tokens/s" if speed else "")
-            + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
+            + f", first token after {facts['ttft_ms']:.0f} ms"
             + (f" | {shares}, {facts['head']} head" if shares else "")
             + (f" | {accepted} of {drafted} draft tokens accepted" if drafted else "")
             + f" | {self._drawn()} | {facts['finish_reason']}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import stat
 from pathlib import Path, PurePosixPath
 
 from dash_onnx.core.atomic import write_text
@@ -50,7 +51,7 @@ class Bundle:
         if not str(folder):
             raise BundleError("no bundle given: name the folder that `dash-export` wrote")
         try:
-            there = path.is_file()
+            there = _is_file(path)
         except (OSError, ValueError) as error:  # such as a name that is too long
             raise BundleError(f"no bundle at {folder}: {error}") from None
         if manifest is None and not there:
@@ -63,7 +64,7 @@ class Bundle:
             file = self.folder / name
             try:
                 self._check_inside(name)
-                size = file.stat().st_size if file.is_file() else None
+                size = file.stat().st_size if _is_file(file) else None
             except (
                 OSError,
                 ValueError,
@@ -126,6 +127,14 @@ class Bundle:
                 )
             self._verified.add(part)
         return self.folder / name
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; an OSError if that cannot be told, in each version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _remedy(folder: Path) -> str:

@@ -231,7 +231,8 @@ def _in_python(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
         if not (end := text.find(")", end, most) + 1):
             break
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            call = ast.parse(f"f{text[first:end]}", mode="eval").body
+            # The grammar of later versions would print a warning of unknown escapes.
+            call = ast.parse(f"f{text[first:end]}", mode="eval", feature_version=(3, 11)).body
             if not isinstance(call, ast.Call) or call.args:
                 return None
             return name, {str(one.arg): _literal(one.value) for one in call.keywords}, end

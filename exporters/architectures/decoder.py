@@ -40,7 +40,7 @@ from dash_onnx.exporters.architectures.rope import (
     Pairs,
     context_length,
     head_order,
-    ropes_of,
+    rope_of,
     widened,
 )
 from dash_onnx.exporters.sources import Weights, readable
@@ -201,8 +201,10 @@ class Decoder:
         return None
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-        """Rotary embeddings for contexts of `length` tokens."""
-        return ropes_of(config, length)
+        """Rotary embeddings for contexts of `length` tokens: one, or one for each type of layer."""
+        if LAYER_TYPES[0] in (config.rope_parameters or {}):
+            return tuple(rope_of(config, length, kind) for kind in LAYER_TYPES)
+        return (rope_of(config, length),)
 
     def query_scale(self, config: PretrainedConfig, length: int) -> QueryScale | None:
         """Factor on the queries in contexts of `length` tokens."""

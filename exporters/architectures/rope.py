@@ -57,13 +57,6 @@ def context_length(config: PretrainedConfig, asked: int | None) -> int:
     return asked or usual
 
 
-def ropes_of(config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-    """The rotary embeddings for contexts of `length` tokens: one, or one for each type of layer."""
-    if LAYER_TYPES[0] in (config.rope_parameters or {}):
-        return tuple(rope_of(config, length, kind) for kind in LAYER_TYPES)
-    return (rope_of(config, length),)
-
-
 def rope_of(
     config: PretrainedConfig,
     length: int,

@@ -31,18 +31,12 @@ def scale_and_cosine(x: HiddenStates, y: HiddenStates) -> tuple[float, float]:
 
 def relative_error(output: HiddenStates, reference: HiddenStates) -> float:
     """||output - reference|| / ||reference|| over all tokens but the sinks."""
-    return (_squared(output, reference) / _squared(reference)) ** 0.5
-
-
-def _squared(x: HiddenStates, y: HiddenStates | None = None) -> float:
-    """Square of the norm of x, or of x - y, over all tokens but the sinks."""
-    total = 0.0
-    for index, states in enumerate(x):
-        states = states[SINK_TOKENS:].astype(np.float64)
-        if y is not None:
-            states -= y[index, SINK_TOKENS:]
-        total += float(np.square(states).sum())
-    return total
+    lost = total = 0.0
+    for ours, theirs in zip(output, reference, strict=True):
+        wanted = theirs[SINK_TOKENS:].astype(np.float64)
+        lost += float(np.square(ours[SINK_TOKENS:] - wanted).sum())
+        total += float(np.square(wanted).sum())
+    return (lost / total) ** 0.5
 
 
 def compensation(

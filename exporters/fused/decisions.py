@@ -176,9 +176,20 @@ class Decisions:
     def decide_after(self, layer: int) -> None:
         """Decides the segment that begins after a layer, from that layer's input."""
         starts = [start for start, _ in self._segments]
-        if layer + 1 in starts:
-            self._score(starts.index(layer + 1), f"hidden.{layer}")
-            self._decide(starts.index(layer + 1))
+        if layer + 1 not in starts:
+            return
+        f, number = self._fusion, starts.index(layer + 1)
+        f.node("Gather", [f"hidden.{layer}", "last_row"], [f"seen.{number}"], axis=1)
+        f.inline_scorer(
+            f"scorer.{number}",
+            {
+                "hidden": f"seen.{number}",
+                "penalty": "penalty",
+                "total": f"total.{number}",
+                "action": f"action.{number}",
+            },
+        )
+        self._decide(number)
 
     def _first_values(self) -> np.ndarray:
         """The predicted KL of every action `[L, A]`, valid for the layers of the first segment.
@@ -191,19 +202,6 @@ class Decisions:
             for port in scorer.ports.inputs
         }
         return scorer.session.run(["total"], nothing)[0]
-
-    def _score(self, number: int, hidden: str) -> None:
-        f = self._fusion
-        f.node("Gather", [hidden, "last_row"], [f"seen.{number}"], axis=1)
-        f.inline_scorer(
-            f"scorer.{number}",
-            {
-                "hidden": f"seen.{number}",
-                "penalty": "penalty",
-                "total": f"total.{number}",
-                "action": f"action.{number}",
-            },
-        )
 
     def _decide(self, number: int) -> None:
         f = self._fusion

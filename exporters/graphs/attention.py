@@ -146,12 +146,7 @@ def attend_plainly(
         written = [graph.inputs["past_key"], graph.inputs["past_value"]]
     elif key is None or value is None:
         widths = [heads.queries * heads.size, *[heads.keys * heads.size] * 2]
-        query, key, value = op.Split(
-            query,
-            graph.int64(*widths),
-            axis=-1,
-            _outputs=[graph.value(f"{name}.rows") for name in ("query", "key", "value")],
-        )
+        query, key, value = graph.split(query, widths, "rows")
     if not heads.shared:
         written = write_kv(graph, key, value, heads)
     present_key, present_value = written

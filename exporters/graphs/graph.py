@@ -135,6 +135,14 @@ class Graph:
             return gptq(linear.weight, hessian, block, bits)
         return quantize(linear.weight, bits, block)
 
+    def split(self, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
+        """Splits X along its last axis."""
+        if len(sizes) == 1:
+            return [x]
+        outputs = [self.value(f"{name}.{number}") for number in range(len(sizes))]
+        parts: Sequence[ir.Value] = self.op.Split(x, self.int64(*sizes), axis=-1, _outputs=outputs)
+        return parts
+
     def matmul_nbits(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
         """Product with a quantized weight.
 
@@ -151,12 +159,7 @@ class Graph:
         product = self._product(
             x, name, concatenate([replace(weight, offsets=None), summing], rows + sums)
         )
-        y, x_sums = self.op.Split(
-            product,
-            self.int64(rows, sums),
-            axis=-1,
-            _outputs=[self.value(f"{name}.product"), self.value(f"{name}.sums")],
-        )
+        y, x_sums = self.split(product, [rows, sums], f"{name}.parts")
         # INT8 is precise enough: an offset is about as large as the quantization step.
         padded = np.pad(weight.offsets, [(0, 0), (0, sums - blocks)])
         offsets = quantize(torch.from_numpy(padded), 8, size)

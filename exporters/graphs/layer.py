@@ -24,7 +24,7 @@ from dash_onnx.exporters.graphs.attention import (
 )
 from dash_onnx.exporters.graphs.graph import Graph, block_size_of, weight_precision
 from dash_onnx.exporters.graphs.mixture import mix
-from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv, split
+from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
 
 HIDDEN = "hidden_in"
@@ -138,7 +138,7 @@ def _attention(
     gated, gate = graph.block.heads_gated, None
     if gated:
         width = layer.output.in_features
-        qkv, gate = split(graph, qkv, [layer.qkv.out_features - width, width], "gated")
+        qkv, gate = graph.split(qkv, [layer.qkv.out_features - width, width], "gated")
     projected = _projected(graph, qkv, layer, heads)
     if graph.block.heads_normed == "after":
         heads = replace(heads, rotated=0)
@@ -162,12 +162,7 @@ def _projected(
     queries, keys = heads.queries * heads.size, heads.keys * heads.size
     if heads.shared:
         return (graph.norm_heads(qkv, "q_norm", layer.q_norm, queries),)
-    q, k, v = graph.op.Split(
-        qkv,
-        graph.int64(queries, keys, keys),
-        axis=-1,
-        _outputs=[graph.value(name) for name in ("query", "key", "value")],
-    )
+    q, k, v = graph.split(qkv, [queries, keys, keys], "projected")
     if graph.block.heads_normed == "after":
         q, k = rotated(graph, q, heads, heads.queries), rotated(graph, k, heads, heads.keys)
     q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
@@ -210,7 +205,7 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
     up = graph.linear(x, layer.gate_up, form)
     name, activation = graph.value("activated"), _activation_of(graph, layer)
     if gated:
-        gate, up = split(graph, up, [layer.down.in_features] * 2, "gate_up")
+        gate, up = graph.split(up, [layer.down.in_features] * 2, "gate_up")
         activated = op.Mul(activation(gate), up, _outputs=[name])
     else:
         activated = activation(up, _outputs=[name])
@@ -233,7 +228,7 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
         up, factor = wide_product(graph, x, gate_up)
     else:
         up = graph.linear(x, gate_up, WIDE)
-    parts = split(graph, up, sizes * (2 if graph.block.gated else 1), "gate_up")
+    parts = graph.split(up, sizes * (2 if graph.block.gated else 1), "gate_up")
     activation = _activation_of(graph, layer)
     total: ir.Value | None = None
     for number, group in enumerate(groups):
@@ -267,11 +262,8 @@ def _activation_of(graph: Graph, layer: Layer) -> Callable[..., ir.Value]:
         return relu2
     if kind == "xielu":
         assert layer.xielu is not None
-        linear, square, elu = op.Split(
-            graph.activation_tensor("xielu", layer.xielu),
-            num_outputs=3,
-            _outputs=[graph.value(f"xielu.{part}") for part in ("linear", "square", "elu")],
-        )
+        factors = graph.activation_tensor("xielu", layer.xielu)
+        linear, square, elu = graph.split(factors, [1, 1, 1], "xielu.part")
 
         def xielu(x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:
             total = op.Add(op.Mul(x, linear), op.Mul(op.Elu(x), elu))

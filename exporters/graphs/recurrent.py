@@ -31,7 +31,7 @@ def short_conv(graph: Graph, projected: ir.Value, layer: Layer) -> tuple[ir.Valu
         Its result `[batch, seq, D]`, named `ATTENTION`, and the states.
     """
     assert layer.conv is not None
-    before, x, behind = split(graph, projected, [layer.output.in_features] * 3, "in")
+    before, x, behind = graph.split(projected, [layer.output.in_features] * 3, "in")
     result, state = _convolved(graph, graph.op.Mul(before, x), layer.conv)
     return graph.op.Mul(behind, result, _outputs=[graph.value(ATTENTION)]), {"present_conv": state}
 
@@ -53,7 +53,7 @@ def gated_delta(
     """
     op, sizes = graph.op, _sizes(spec)
     assert layer.delta is not None
-    x, gate = split(graph, projected, [sizes.channels, sizes.value_width], "in")
+    x, gate = graph.split(projected, [sizes.channels, sizes.value_width], "in")
     result, states = _delta(graph, normed, x, layer, sizes)
     heads = op.Reshape(result, graph.int64(0, 0, -1, sizes.value_dim))
     heads = graph.norm(heads, "delta_norm", layer.delta.norm)
@@ -79,15 +79,6 @@ def keep(
         return _delta(graph, normed, kept[0], layer, _sizes(spec))[1]
     before, x = kept
     return {"present_conv": _last(graph, graph.op.Mul(before, x), layer.conv)}
-
-
-def split(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
-    """Splits X along its last axis."""
-    if len(sizes) == 1:
-        return [x]
-    outputs = [graph.value(f"{name}.{number}") for number in range(len(sizes))]
-    parts: Sequence[ir.Value] = graph.op.Split(x, graph.int64(*sizes), axis=-1, _outputs=outputs)
-    return parts
 
 
 def _convolved(
@@ -124,7 +115,7 @@ def _delta(
     assert conv is not None and delta is not None
     x, conv_state = _convolved(graph, x, conv, "silu")
     widths = [2 * sizes.key_width, sizes.value_width]
-    both, value = split(graph, x, widths, "convolved")
+    both, value = graph.split(x, widths, "convolved")
     both = op.Reshape(both, graph.int64(0, 0, -1, sizes.key_dim))
     # Queries and keys are normalized to length 1: an RMSNorm up to a factor.
     factor = np.full(sizes.key_dim, sizes.key_dim**-0.5, np.float32)
@@ -132,8 +123,8 @@ def _delta(
         both, graph.tensor("unit", factor), axis=-1, epsilon=_MIN_LENGTH / sizes.key_dim
     )
     both = op.Reshape(both, graph.int64(0, 0, 2 * sizes.key_width))
-    query, key = split(graph, both, [sizes.key_width] * 2, "unit")
-    a, b = split(graph, graph.linear(normed, delta.gates, "full"), [sizes.value_heads] * 2, "gates")
+    query, key = graph.split(both, [sizes.key_width] * 2, "unit")
+    a, b = graph.split(graph.linear(normed, delta.gates, "full"), [sizes.value_heads] * 2, "gates")
     decay, rate = graph.ms.LinearAttentionGate(
         a,
         graph.tensor("decay_bias", delta.decay_bias.float().numpy()),

@@ -25,7 +25,7 @@ from dash_onnx.exporters.graphs.attention import (
 )
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.layer import heads_of
-from dash_onnx.exporters.graphs.recurrent import States, keep, split
+from dash_onnx.exporters.graphs.recurrent import States, keep
 from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
 
 _EXPAND = "expand_proj"
@@ -73,7 +73,7 @@ def build_skip(
         normed = graph.norm(hidden, "input_norm", layer.input_norm)
         precision: Form = "int4" if hessians else "int8"
         projected = graph.linear(normed, stack("skip_proj", *products), precision)
-        parts = split(graph, projected, sizes, "kept")
+        parts = graph.split(projected, sizes, "kept")
     if mixer == "shared_attention":
         states: States = {}
     elif mixer == "attention":

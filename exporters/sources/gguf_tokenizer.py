@@ -155,6 +155,11 @@ class _Vocabulary:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(f"tokenizer.ggml.{key}", default)
 
+    def of(self, *kinds: TokenType) -> dict[str, int]:
+        """Ids of the tokens of some types."""
+        pairs = zip(self.tokens, self.types, strict=True)
+        return {token: self.ids[token] for token, kind in pairs if kind in kinds}
+
     def special(self, key: str, default: int | None = None) -> str | None:
         """The token whose id the file gives under a key."""
         index = self.get(f"{key}_token_id", default)
@@ -223,11 +228,7 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     named = [vocabulary.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     if vocabulary.get("model") == "llama" and named[0] is None:
         named[0] = 2
-    special = {
-        token: index
-        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
-    }
+    special = vocabulary.of(TokenType.CONTROL, TokenType.USER_DEFINED)
     ends = _ENDS & special.keys()
     if "<|return|>" in ends:  # gpt-oss: ends reasoning and text in between
         ends -= {"<|end|>"}
@@ -306,11 +307,7 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     scores = vocabulary.get("scores")
     if scores is None or len(scores) != len(vocabulary.tokens):
         raise SourceError("the GGUF file's tokenizer has no scores")
-    normal = {
-        token: index
-        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind == TokenType.NORMAL
-    }
+    normal = vocabulary.of(TokenType.NORMAL)
     merges = []
     for token in sorted(normal, key=lambda token: (-scores[normal[token]], normal[token])):
         cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
@@ -335,8 +332,7 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, strip: bool) -> N
                 special=kind == TokenType.CONTROL,
                 rstrip=strip and token not in keep,
             )
-            for token, found in zip(vocabulary.tokens, vocabulary.types, strict=True)
-            if found == kind
+            for token in vocabulary.of(kind)
         ]
 
     # Each call indexes all added tokens again, and Gemma 3 has 6,000 of them.

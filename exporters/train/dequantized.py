@@ -28,7 +28,7 @@ from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, rescores
 from dash_onnx.exporters.train.attention import attention, by_head, rotated
 from dash_onnx.exporters.train.embedding import Beside, Embedding
 from dash_onnx.exporters.train.experts import experts_of
-from dash_onnx.exporters.train.recurrent import kept_of, mixed, own_and_kept
+from dash_onnx.exporters.train.recurrent import kept_of, mixed
 from dash_onnx.exporters.train.stored import norm_of, projections_of
 
 Tensor: TypeAlias = torch.Tensor
@@ -181,7 +181,9 @@ class DequantizedModel:
         if (sizes := self._recurrence(layer)) is not None:
             projected = self._project(layer, action, "in_proj", normed)
             gates = self._gates(layer, action, normed)
-            return own_and_kept(projected, gates, self._vectors[layer], sizes)
+            width = sizes.channels * (2 if gates is None else 1)
+            later = kept_of(projected[..., :width], gates, self._vectors[layer])
+            return projected[..., width:], later
         kv_heads, size = self.manifest.heads_of(layer)
         qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * size
         shared = self.manifest.attention[layer].source is not None

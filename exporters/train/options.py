@@ -36,7 +36,6 @@ class TrainingPlan:
         multipliers: range of multipliers drawn by the improvement, in nats per `Costs.unit_ms`.
         decision_points: the layers before which the scorer runs, or how many: in a small model
             each costs two fifths of an INT4 layer.
-        train_compensation: whether the improvement also trains the low-rank maps of skipped layers.
         candidates: most paths that the search for static assignments measures per step.
         dtype: type of matrix products; None takes BF16 where the processor multiplies it natively.
         save_every: improvement steps between saves, from which an interrupted training can resume.
@@ -53,7 +52,6 @@ class TrainingPlan:
     learning_rate: float = 1e-3
     multipliers: tuple[float, float] = (0.006, 0.12)
     decision_points: int | tuple[int, ...] = 1
-    train_compensation: bool = True
     candidates: int = 1
     dtype: Literal["float32", "bfloat16"] | None = None
     save_every: int = 20
@@ -73,14 +71,6 @@ PLANS: dict[EffortName, TrainingPlan] = {
         sequences=1000, held_out=24, regression_batches=250, improvement_steps=300, candidates=4
     ),
 }
-
-
-def plan_of(effort: EffortName, facts: ModelFacts) -> TrainingPlan:
-    """The plan of an effort for a model: `quick` takes fewer tokens for a large one."""
-    plan = PLANS[effort]
-    if effort != "quick" or not facts.large:
-        return plan
-    return replace(plan, sequences=40, held_out=8, regression_batches=10, improvement_steps=5)
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,11 @@ class TrainOptions:
 
     def plan_for(self, facts: ModelFacts) -> TrainingPlan:
         """The plan for a model."""
-        plan = self.plan or plan_of(self.effort, facts)
+        plan = self.plan or PLANS[self.effort]
+        if self.plan is None and self.effort == "quick" and facts.large:  # fewer tokens
+            plan = replace(
+                plan, sequences=40, held_out=8, regression_batches=10, improvement_steps=5
+            )
         if self.start is not None:
             points = scorer_to_start_from(Bundle(self.start)).decision_points
             return replace(

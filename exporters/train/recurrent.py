@@ -16,28 +16,6 @@ F = torch.nn.functional
 Tensor = torch.Tensor
 
 
-def own_and_kept(
-    projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tensor], sizes: Recurrence
-) -> tuple[Tensor, Tensor]:
-    """What only the token itself reads, and what later tokens read too.
-
-    Args:
-        projected: its input projection, see `Layer`.
-        gates: gates of a Gated DeltaNet, `[..., 2 * H]`.
-        vectors: its small weights.
-        sizes: sizes of its states.
-
-    Returns:
-        The factor on the mixture of the tokens, `[..., D]` or over all value heads; and what later
-        tokens read, `[..., n]`.
-    """
-    if gates is None:
-        before, x, own = projected.chunk(3, -1)
-        return own, before * x
-    x, own = projected[..., : sizes.channels], projected[..., sizes.channels :]
-    return own, kept_of(x, gates, vectors)
-
-
 def kept_of(projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tensor]) -> Tensor:
     """What later tokens read, from the rows of the input projection that a skip computes."""
     if gates is None:

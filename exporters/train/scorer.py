@@ -98,15 +98,6 @@ class Scorer(nn.Module):
             self.normalise.weight.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
 
 
-def cheapest(values: Tensor, penalty: Tensor) -> Tensor:
-    """The decision: index of the action with the least value + penalty, `[..., A]` -> `[...]`.
-
-    Training decides only here. The runtime (NumPy, without torch) and the graphs (where the sum is
-    part of another operator) have equivalent implementations.
-    """
-    return (values + penalty).argmin(-1)
-
-
 class BundleScorer(nn.Module):
     """What the scorer graph computes: the trained scorer, extended by the highest precision.
 

@@ -18,7 +18,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.scorer import BundleScorer, cheapest
+from dash_onnx.exporters.train.scorer import BundleScorer
 from dash_onnx.exporters.train.static import LIMIT, Downgrade
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import sampled_values
@@ -103,7 +103,7 @@ def _run(
     chosen, finals = [], []
 
     def decide(state: State) -> Tensor:
-        chosen.append(cheapest(scorer.values(state), penalty[state.layers]))
+        chosen.append((scorer.values(state) + penalty[state.layers]).argmin(-1))
         trained = (chosen[-1] - scorer.extra).clamp(min=0)  # INT8 replaces `full`
         return torch.nn.functional.one_hot(trained, len(env.actions)).float()
 

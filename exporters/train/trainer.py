@@ -100,8 +100,7 @@ class Trainer:
             self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
         self.costs = torch.tensor(manifest.costs.in_units(self.actions))
         self.costs[0, self.actions.index(SKIP)] = math.inf
-        maps = self.model.compensation() if plan.train_compensation else []
-        self.compensation = [weight.requires_grad_() for weight in maps]
+        self.compensation = [weight.requires_grad_() for weight in self.model.compensation()]
         self.generator = torch.Generator(torch.get_default_device()).manual_seed(options.seed)
         if options.start is not None:
             load_scorer(self.scorer, self.actions, Bundle(options.start))
