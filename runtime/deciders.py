@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone, segments_of
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.controller import Controller
-from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
+from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.runtime.backend import AsyncRun
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.passes import bound_run
@@ -234,7 +234,6 @@ def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
             used,
             policy.segments(sequence.num_layers),
         )
-    assert isinstance(policy, PathPolicy)
     if policy.uniform is not None:
         return FixedPath(policy.uniform, policy.head)
     return PathSequence(policy.paths(), sequence.num_layers, policy.head)

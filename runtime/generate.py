@@ -64,10 +64,6 @@ def same_choices(a: Policy, b: Policy) -> bool:
     return (a.quality, a.head) == (b.quality, b.head)
 
 
-StatsOf = Callable[[Policy], DraftStats | None]
-"""Returns the draft statistics of a policy; None if it cannot draft."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Request(Generic[Piece]):
     """A requested generation.
@@ -83,7 +79,7 @@ class Request(Generic[Piece]):
             no thoughts.
         constraint: from `options.grammar`.
         thoughts: where the answer begins.
-        stats_of: see `StatsOf`.
+        stats_of: returns the draft statistics of a policy; None if it cannot draft.
         expected: ids of `options.expected`.
         write: turns a token into a piece.
         deliver: takes the pieces, and the error that ends the generation early; called by the
@@ -103,7 +99,7 @@ class Request(Generic[Piece]):
     stops: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     thoughts: Thoughts = field(default_factory=Thoughts)
-    stats_of: StatsOf = lambda policy: None
+    stats_of: Callable[[Policy], DraftStats | None] = lambda policy: None
     expected: Sequence[int] = ()
     write: Callable[[GeneratedToken], Piece]
     deliver: Callable[[Piece | Exception], None]
@@ -154,7 +150,7 @@ class Generation:
         self.count = 0
         self._request, self._sequence = request, sequence
         self._options, self._constraint = request.options, request.constraint
-        self._thoughts = request.thoughts
+        self._thoughts, self._limit = request.thoughts, sequence.sessions.manifest.model.max_length
         self._sampler = Sampler(request.sampling, len(request.ids))
         self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
         # Of tokens that are not reported yet; whether they are thoughts.
@@ -180,10 +176,6 @@ class Generation:
         """Continues in another sequence, which holds the same tokens."""
         self._sequence = sequence
         self.decider.move(sequence)
-
-    @property
-    def _limit(self) -> int:
-        return self._sequence.sessions.manifest.model.max_length
 
     @property
     def spare(self) -> int:

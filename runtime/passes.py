@@ -106,7 +106,7 @@ class Pass:
         self.logits: Buffer | None = None
         self.heads: dict[Form, Run] = {}
         self._sessions, self._kv, self._lengths = sessions, kv, lengths
-        self._forms: dict[tuple[Action, int], Form] = {}
+        self._forms: dict[tuple[Action, int, frozenset[Action]], Form] = {}
         self._layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = {}
         self._embed: Run | None = None
         sessions.bound[id(self)] = self
@@ -127,10 +127,6 @@ class Pass:
         self._layers.clear()
         self.heads.clear()
         self._embed = None
-
-    def forget_forms(self) -> None:
-        """Forgets which graphs run the actions."""
-        self._forms.clear()
 
     def see(self, longest: int, plain: bool | None = None) -> None:
         """Lets several tokens see those before them.
@@ -169,7 +165,7 @@ class Pass:
     def form_of(self, action: Action, widened: frozenset[Action]) -> Form:
         """The graph that runs an action here, see `core.forms.form_of`."""
         context = int(self._lengths.total.array) - self.seq  # of the longest sequence
-        key = action, context // CAPACITY
+        key = action, context // CAPACITY, widened
         form = self._forms.get(key)
         if form is None:
             passes, rows = self._sessions.manifest.costs.passes, math.prod(self.tokens.shape)

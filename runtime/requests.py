@@ -53,7 +53,6 @@ class Requests:
             raise BundleError(f"{bundle.folder / 'generation_config.json'}: {error}") from None
         self._sessions, self._manifest = sessions, sessions.manifest
         self._default = (policy, budget)
-        self._guidance: Any = None
         self._draft_stats = functools.lru_cache(_TARGETS)(functools.partial(_new_stats, sessions))
 
     def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
@@ -132,7 +131,10 @@ class Requests:
             return policy
 
         current, control = CurrentPolicy(self.policy_of(options), at), self.text.control
-        stats_of, expected = self._drafting(options)
+        drafts = options.speculate
+        if drafts is None:
+            drafts = self._sessions.backend.device == "cpu"
+        likely = options.expected if drafts else ""
         return Request(
             ids=ids,
             current=current,
@@ -141,10 +143,10 @@ class Requests:
             plan=prefill_plan(self._sessions, current.policy, options.prefill),
             eos=self.text.eos_token_ids,
             stops=frozenset(control[word] for word in options.stop if word in control),
-            constraint=self._constraint(options),
+            constraint=Constraint(options.grammar, self._guidance) if options.grammar else None,
             thoughts=Thoughts() if raw else self.text.thoughts(ids, options.max_thinking_tokens),
-            stats_of=stats_of,
-            expected=expected,
+            stats_of=self._stats_of if drafts else lambda policy: None,
+            expected=self.text.encode(likely, add_special_tokens=False).tolist() if likely else (),
             write=write,
             deliver=deliver,
         )
@@ -188,29 +190,13 @@ class Requests:
             )
         return array
 
-    def _drafting(
-        self, options: GenerationOptions
-    ) -> tuple[Callable[[Policy], DraftStats | None], Sequence[int]]:
-        """The source of a generation's draft statistics, and the ids of the expected text."""
-        wanted = options.speculate
-        if wanted is None:
-            wanted = self._sessions.backend.device == "cpu"
-        if not wanted:
-            return lambda policy: None, ()
-        text = options.expected
-        expected = self.text.encode(text, add_special_tokens=False).tolist() if text else []
-        return self._stats_of, expected
-
     def _stats_of(self, policy: Policy) -> DraftStats | None:
         path = policy.uniform
         return None if path is None else self._draft_stats(path, policy.head)
 
-    def _constraint(self, options: GenerationOptions) -> Constraint | None:
-        if options.grammar is None:
-            return None
-        if self._guidance is None:
-            self._guidance = guidance_tokenizer(self.text, self._manifest.model.vocab_size)
-        return Constraint(options.grammar, self._guidance)
+    @functools.cached_property
+    def _guidance(self) -> Any:
+        return guidance_tokenizer(self.text, self._manifest.model.vocab_size)
 
 
 def _continued(prompt: Prompt) -> bool:

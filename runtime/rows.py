@@ -27,21 +27,16 @@ class Rows:
         ragged: whether a pass may have several tokens per row, and different numbers of them.
     """
 
-    def __init__(self, states: Sequence[SequenceState], whole: SequenceState | None = None):
-        """Makes them one batch, or a single sequence; see `new`.
-
-        Args:
-            states: the sequences.
-            whole: the batch that they are parts of; None for a single sequence.
-        """
-        self.states, self._whole = states, whole
-        self._parts = {
-            (row, row + 1): part for row, part in enumerate(states) if isinstance(part, Part)
-        }
-        manifest = states[0].sessions.manifest
+    def __init__(self, whole: SequenceState):
+        """Takes a batch of sequences, or a single one."""
+        self._whole, self._parts = whole, dict[tuple[int, int], Part]()
+        self.together = whole.batch > 1
+        self.states: Sequence[SequenceState] = [whole]
+        if self.together:
+            self.states = [self._part(row, row + 1) for row in range(whole.batch)]
+        manifest = whole.sessions.manifest
         # A state would absorb padding as tokens; attention over shared K/V does not support any.
         plain = not manifest.recurrence and "shared_attention" not in manifest.mixers
-        self.together = whole is not None
         self.ragged = self.together and manifest.target.ragged and plain
 
     @classmethod
@@ -53,10 +48,7 @@ class Rows:
             rows: how many.
             capacity: tokens that each has room for at first; it grows in steps when one is full.
         """
-        if rows == 1:
-            return cls([SequenceState(sessions, capacity)])
-        whole = SequenceState(sessions, capacity, rows)
-        return cls([Part(whole, row, row + 1) for row in range(rows)], whole)
+        return cls(SequenceState(sessions, capacity, rows))
 
     def forward(
         self,
@@ -195,7 +187,6 @@ class Rows:
     def _part(self, start: int, stop: int) -> Part:
         part = self._parts.get((start, stop))
         if part is None:
-            assert self._whole is not None
             part = self._parts[start, stop] = Part(self._whole, start, stop)
         part.reserve(0)  # follows the cache if it has moved
         return part

@@ -382,7 +382,7 @@ def run(request: Request[Piece], slot: Slot) -> Iterator[Piece]:
     """
     pieces = deque[Piece | Exception]()
     request.deliver = pieces.append
-    scheduler = Scheduler(Rows([slot.state]), slot=slot)
+    scheduler = Scheduler(Rows(slot.state), slot=slot)
     scheduler.submit(request)
     try:
         while scheduler.step():

@@ -180,18 +180,11 @@ class SequenceState:
     @contextmanager
     def widening(self, widened: frozenset[Action]) -> Iterator[None]:
         """Lets passes of several rows run these actions wide, instead of the usual ones."""
-        usual = self._widened
-        self._widen(widened)
+        usual, self._widened = self._widened, widened
         try:
             yield
         finally:
-            self._widen(usual)
-
-    def _widen(self, widened: frozenset[Action]) -> None:
-        if widened != self._widened:
-            self._widened = widened
-            for bound in self._bound():
-                bound.forget_forms()
+            self._widened = usual
 
     def advance(self, count: int) -> None:
         """Makes room in the K/V cache for the next `count` tokens, and sets their positions.

@@ -32,7 +32,7 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import (
-    PathPolicy,
+    Policy,
     RandomPolicy,
     ScoredPolicy,
     base_precision,
@@ -158,7 +158,7 @@ def one_line(call: Callable[[], object]) -> str:
     return message
 
 
-def mean_ms(manifest: Manifest, policy: PathPolicy, tokens: int) -> float:
+def mean_ms(manifest: Manifest, policy: Policy, tokens: int) -> float:
     paths = islice(policy.paths(), tokens)
     return sum(manifest.costs.token_ms(path, policy.head) for path in paths) / tokens
 
@@ -405,7 +405,7 @@ def test_static_without_any_assignment_is_refused(scored: Manifest, plain: Manif
     assert "dash-train" in one_line(lambda: make_policy("static", plain, 0.5))
 
 
-def made(policy: str, manifest: Manifest, budget: float) -> PathPolicy:
+def made(policy: str, manifest: Manifest, budget: float) -> Policy:
     found = make_policy(policy, manifest, budget) if policy == "random" else None
     return skipping(manifest, policy, budget) if found is None else found
 

@@ -15,7 +15,7 @@ from conftest import LLAMA3_ROPE, layer_inputs, logits_of, save_biased, save_tin
 import dash_onnx
 from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.policy import PathPolicy
+from dash_onnx.core.policy import Policy
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.exporters.train.environment import Decide, Environment
 from dash_onnx.runtime.model import Model
@@ -26,7 +26,7 @@ LENGTH = 30
 ALL = ("full", "int8", "int4", "skip")
 
 
-class Recorded(PathPolicy):
+class Recorded(Policy):
     """Replays paths."""
 
     name = "recorded"

@@ -14,7 +14,7 @@ from conftest import VARIANTS
 from dash_onnx.core.actions import SKIP, Action, ActionPath, check_action, parse_variants
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import PathPolicy, RandomPolicy, StaticPolicy, make_policy
+from dash_onnx.core.policy import Policy, RandomPolicy, StaticPolicy, make_policy
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def int4_only(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, variants=("int4",), heads={"int4": "int4", "skip": "int4"})
 
 
-def drawn(policy: PathPolicy, count: int) -> list[ActionPath]:
+def drawn(policy: Policy, count: int) -> list[ActionPath]:
     return list(islice(policy.paths(), count))
 
 
@@ -93,7 +93,7 @@ def test_a_random_policy_takes_a_seed(manifest: Manifest, text: str, seed: int) 
 
 
 def test_a_policy_object_is_taken_as_it_is(manifest: Manifest) -> None:
-    class Alternating(PathPolicy):
+    class Alternating(Policy):
         name = "alternating"
         head: Action = "int8"
 

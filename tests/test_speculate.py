@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.policy import PathPolicy
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS, Draft, DraftStats, best_length
 from dash_onnx.runtime.generate import CurrentPolicy, Generation, Request
@@ -101,7 +100,7 @@ class Chain:
         return self._logits[tokens]
 
 
-class Named(PathPolicy):
+class Named(Policy):
     """A policy of one path without layers."""
 
     name = head = "int8"
@@ -109,9 +108,6 @@ class Named(PathPolicy):
     @property
     def uniform(self) -> tuple[()]:
         return ()
-
-    def paths(self) -> Iterator[tuple[()]]:
-        return repeat(())
 
 
 def drawn(

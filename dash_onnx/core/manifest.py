@@ -123,10 +123,6 @@ class Manifest:
         layers = range(self.model.num_layers)
         return tuple(layer for layer in layers if self.mixer_of(layer) == "attention")
 
-    def heads_of(self, layer: int) -> tuple[int, int]:
-        """See `ModelFacts`."""
-        return self.model.heads_of(self.attention[layer])
-
     def rope_of(self, layer: int) -> int:
         """Index of the rotary table that a layer is given; one that rotates nothing ignores it."""
         return self.attention[layer].rope or 0

@@ -8,7 +8,6 @@ always runs, because nothing precedes it that a decision could be based on.
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -47,7 +46,7 @@ from dash_onnx.core.plans import least_budget, plan_below, preset_plans
 _MAX_CHARACTERS = 1 << 20  # of a path file
 
 
-class Policy(ABC):
+class Policy:
     """Chooses the path of each decoded token.
 
     Attributes:
@@ -89,13 +88,10 @@ class Policy(ABC):
         """The layers, in runs whose actions are always the same."""
         return each_alone(layers) if self.uniform is None else segments_of(self.uniform)
 
-
-class PathPolicy(Policy):
-    """Knows its paths without looking at the token."""
-
-    @abstractmethod
     def paths(self) -> Iterator[ActionPath]:
-        """A fresh, endless sequence of paths: one per decoded token of one generation."""
+        """A fresh, endless series of paths, one per token, if they do not depend on the token."""
+        assert self.uniform is not None, "a policy without one path overrides this"
+        return repeat(self.uniform)
 
 
 class ScoredPolicy(Policy):
@@ -147,7 +143,7 @@ class ScoredPolicy(Policy):
         return Controller(self._manifest, self.budget, self.multiplier, self.head, graphs)
 
 
-class StaticPolicy(PathPolicy):
+class StaticPolicy(Policy):
     """The same path for every token."""
 
     def __init__(
@@ -157,6 +153,7 @@ class StaticPolicy(PathPolicy):
         name: str = "static",
         head: Action | None = None,
         budget: float | None = None,
+        kl: float | None = None,
     ):
         """Checks the path against the bundle; the LM head is the manifest's unless given.
 
@@ -170,7 +167,7 @@ class StaticPolicy(PathPolicy):
             check_action(action, manifest.actions)
         if path[0] == SKIP:
             raise PolicyError("the first layer must run: its action cannot be 'skip'")
-        self.name, self.budget = name, budget
+        self.name, self.budget, self.kl = name, budget, kl
         self._path = path
         kinds = set(path)
         self.head = head or manifest.heads[path[0] if len(kinds) == 1 else SKIP]
@@ -180,12 +177,8 @@ class StaticPolicy(PathPolicy):
         """See `Policy`."""
         return self._path
 
-    def paths(self) -> Iterator[ActionPath]:
-        """See `Policy`."""
-        return repeat(self._path)
 
-
-class RandomPolicy(PathPolicy):
+class RandomPolicy(Policy):
     """An independent draw per token and layer; first and last layer always run.
 
     Every generation repeats the same sequence of paths: it depends on the seed alone.
@@ -324,9 +317,7 @@ def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
             )
     if plan.path is None:
         return ScoredPolicy(manifest, budget if name in plans else plan.budget)
-    policy = StaticPolicy(plan.path, manifest, str(name), plan.head, plan.budget)
-    policy.kl = plan.kl
-    return policy
+    return StaticPolicy(plan.path, manifest, str(name), plan.head, plan.budget, plan.kl)
 
 
 def _no_budget(policy: str, budget: Budget | None) -> None:
@@ -344,9 +335,7 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
         least = f"the cheapest costs {shown(points[0].budget)}" if points else "none was searched"
         raise PolicyError(f"no static assignment within budget {budget:g}; {least}")
     best = min(fitting, key=lambda point: point.kl)
-    policy = StaticPolicy(best.path, manifest, head=best.head, budget=budget)
-    policy.kl = best.kl
-    return policy
+    return StaticPolicy(best.path, manifest, head=best.head, budget=budget, kl=best.kl)
 
 
 def _parse_path(text: str, manifest: Manifest) -> ActionPath:

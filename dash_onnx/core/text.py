@@ -210,13 +210,10 @@ class Detokenizer:
         """
         self._tokenizer = codec.tokenizer
         self._pending: list[int] = []
-        self._restart()
+        self._stream = DecodeStream(skip_special_tokens=True)
         for token in before:
             self.add(token)
         self._pending = []
-
-    def _restart(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """Returns the text that is complete with this token, possibly none."""
@@ -224,7 +221,7 @@ class Detokenizer:
         try:
             text = self._stream.step(self._tokenizer, held[-1])
         except Exception:  # tokenizers' own: bytes that form no character changed what came before
-            self._restart()
+            self._stream = DecodeStream(skip_special_tokens=True)
             text = "".join(self._stream.step(self._tokenizer, one) or "" for one in held)
         self._pending = [] if text else held
         return text or ""

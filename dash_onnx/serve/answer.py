@@ -89,11 +89,12 @@ class Answer:
     def __init__(self, model: str, *, chat: bool):
         """Gives it an id."""
         self._chat = chat
-        kind = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._kind = kind
+        self._kind, prefix = (
+            ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
+        )
+        self._piece = f"{self._kind}.chunk" if chat else self._kind
+        name = f"{prefix}-{uuid.uuid4().hex}"
+        self._head = {"id": name, "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
         """The whole answer with all choices."""
@@ -129,7 +130,6 @@ class Answer:
             reasoning: reasoning text.
             more: additional fields of the answer.
         """
-        kind = "chat.completion.chunk" if self._chat else self._kind
         logprobs = self._logprobs([token] if token else [])
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
         if not self._chat:
@@ -143,7 +143,7 @@ class Answer:
             if calls:
                 numbered = [{"index": number, **call} for number, call in enumerate(calls)]
                 choice["delta"]["tool_calls"] = numbered
-        return {**self._head, "object": kind, "choices": [choice], **more}
+        return {**self._head, "object": self._piece, "choices": [choice], **more}
 
     def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not tokens:
@@ -162,8 +162,7 @@ class Answer:
 
     def usage(self, counts: dict[str, Any]) -> dict[str, Any]:
         """The last piece of a stream that asked for it."""
-        kind = "chat.completion.chunk" if self._chat else self._kind
-        return {**self._head, "object": kind, "choices": [], "usage": counts}
+        return {**self._head, "object": self._piece, "choices": [], "usage": counts}
 
     def _content(self, choice: Choice) -> dict[str, Any]:
         if not self._chat:

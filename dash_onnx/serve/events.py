@@ -63,7 +63,6 @@ class EventStream(Response):
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._state, self._job, self._chunks, self._first = state, job, chunks, first
         self._answer, self._choices, self._usage = answer, choices, usage
-        self._begun: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends all events."""
@@ -105,8 +104,7 @@ class EventStream(Response):
         """The events of a chunk."""
         answer, choice, tally = self._answer, self._choices[index], self._job.tallies[index]
         events = []
-        if index not in self._begun:
-            self._begun.add(index)
+        if chunk.generated_tokens == 1:
             events.append(answer.piece(index, None))
         facts = {
             "path": _letters(chunk.path),

@@ -5,12 +5,10 @@ const MAX_CHATS = 50; // that the browser keeps
 let models = [], running = null, columns = [], moved = false;
 let chat = { id: Date.now(), messages: [] };
 
-function key() { // asked for once, kept for the tab
-  return sessionStorage.getItem("key") || "";
-}
 async function api(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
-  if (key()) headers.Authorization = `Bearer ${key()}`;
+  const key = sessionStorage.getItem("key"); // asked for once, kept for the tab
+  if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
   if (response.status === 401) {
     const given = prompt("API key of this server");

@@ -39,16 +39,9 @@ class BatchThread:
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 
-    async def run(
-        self, request: Callable[[Deliver], Request[Chunk]], put: Deliver
-    ) -> Request[Chunk]:
-        """Adds a generation.
-
-        Args:
-            request: creates the generation, given a function that takes its chunks in the thread.
-            put: takes the chunks in the event loop.
-        """
-        self._loop = asyncio.get_running_loop()
+    def run(self, request: Request[Chunk]) -> None:
+        """Adds a generation, whose pieces are delivered in the event loop."""
+        self._loop, put = asyncio.get_running_loop(), request.deliver
 
         def deliver(piece: Chunk | Exception) -> None:
             if isinstance(piece, Exception) and not isinstance(piece, DashError):
@@ -57,9 +50,8 @@ class BatchThread:
             if isinstance(piece, Chunk) and piece.generated_tokens == 1:
                 self._hand_over()  # a pass of other generations may follow in the same step
 
-        made = await asyncio.to_thread(request, deliver)
-        self._scheduler.submit(made)
-        return made
+        request.deliver = deliver
+        self._scheduler.submit(request)
 
     def _run(self) -> None:
         while not self._closed:

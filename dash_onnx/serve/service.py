@@ -144,6 +144,9 @@ class Service:
         self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.parallel)
         self._waiting = 0
+        self.metrics.reused.set_function(lambda: self.pool.reused)
+        self.metrics.loaded.set_function(lambda: self.pool.loaded)
+        self.metrics.waiting.set_function(lambda: self._waiting)
 
     @contextlib.asynccontextmanager
     async def slot(self, *, further: bool = False) -> AsyncIterator[None]:
@@ -159,19 +162,15 @@ class Service:
         if queued and self._slots.locked() and self._waiting >= self.limits.waiting:
             raise BusyError(f"{self._waiting} requests are already waiting; try again later")
         self._waiting += queued
-        self._show()
         try:
             await self._slots.acquire()
         finally:
             self._waiting -= queued
-            self._show()
-        self.metrics.running.inc()
         try:
-            yield
+            with self.metrics.running.track_inprogress():
+                yield
         finally:
-            self.metrics.running.dec()
             self._slots.release()
-            self._show()
 
     async def generate(
         self, job: Job, left: Coroutine[Any, Any, None]
@@ -262,9 +261,9 @@ class Service:
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
-        return await batch.run(
-            lambda deliver: model.request(job.prompt, deliver, options, raw=job.raw), put
-        )
+        made = await asyncio.to_thread(model.request, job.prompt, put, options, raw=job.raw)
+        batch.run(made)
+        return made
 
     def _count(self, tally: Tally, chunk: Chunk) -> None:
         metrics, now = self.metrics, time.monotonic()
@@ -293,11 +292,6 @@ class Service:
         metrics.generated.inc()
         if chunk.finish_reason is not None:
             tally.finish_reason = "stop" if chunk.finish_reason == "stop" else "length"
-
-    def _show(self) -> None:
-        self.metrics.reused.set(self.pool.reused)
-        self.metrics.loaded.set(self.pool.loaded)
-        self.metrics.waiting.set(self._waiting)
 
 
 @lru_cache(_PATHS)

@@ -184,7 +184,7 @@ class DequantizedModel:
             width = sizes.channels * (2 if gates is None else 1)
             later = kept_of(projected[..., :width], gates, self._vectors[layer])
             return projected[..., width:], later
-        kv_heads, size = self.manifest.heads_of(layer)
+        kv_heads, size = self.manifest.model.heads_of(self.manifest.attention[layer])
         qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * size
         shared = self.manifest.attention[layer].source is not None
         kept = 0 if shared else 2 * kv_heads * size
@@ -222,7 +222,7 @@ class DequantizedModel:
             beside.shared.setdefault(layer, keys_values)
         if (source := self.manifest.attention[layer].source) is not None:
             keys_values = beside.shared[source]
-        kv_heads, size = self.manifest.heads_of(layer)
+        kv_heads, size = self.manifest.model.heads_of(self.manifest.attention[layer])
         width = self._heads * size
         queries, gates = queries[..., :width], queries[..., width:]
         keys, values = keys_values.chunk(2, -1)
