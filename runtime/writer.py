@@ -53,7 +53,8 @@ class TextWriter:
             self._naming = "\n" not in self._codec.piece(step.token)
         elif reason != "stop":  # the EOS token itself is not text
             held += self._detokenizer.add(step.token)
-            held += self._codec.piece(step.token) if step.token in self._shown else ""
+            if step.token in self._shown and not step.thinking:
+                held += self._codec.piece(step.token)
         if reason is not None:
             held += self._detokenizer.finish()
         if self._fresh:

@@ -21,6 +21,7 @@ import dash_onnx
 from dash_onnx.core.conversation import rendered
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.statistics import log_softmax
+from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
@@ -542,6 +543,34 @@ def test_a_call_that_is_asked_for_is_made(
             _calls(server.client(), choice)
         finally:
             server.stop()
+
+
+def test_a_tool_that_a_template_refuses_is_described_without_it(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    encode_text = TextCodec.encode
+
+    def encode(codec: TextCodec, text: str, **options: Any) -> Any:
+        said.append(text)
+        return encode_text(codec, text, **options)
+
+    described = "{% for tool in tools or [] %}{{ '// ' + tool.function.description }}{% endfor %}"
+    monkeypatch.setattr(tiny_model.text, "chat_template", described + QWEN)
+    monkeypatch.setattr(TextCodec, "encode", encode)
+    served = Server({"tiny": tiny_model})
+    options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    try:
+        for description in ({}, {"description": "Counts."}):
+            function = {**TOOL["function"], **description}
+            tools: Any = [{"type": "function", "function": function}]
+            with pytest.raises(openai.BadRequestError, match="context"):  # of a tiny model
+                served.client().chat.completions.create(**options, tools=tools)
+    finally:
+        served.stop()
+    first, second = (text for text in said if "count" in text)
+    assert "You may call functions" in first and "//" not in first
+    assert second.startswith("// Counts.")
 
 
 def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811

@@ -133,7 +133,7 @@ def test_channels_are_told_apart(
 ) -> None:
     codec = TextCodec(Bundle(tiny_bundle))
     codec.tokenizer.add_special_tokens(tags)
-    codec.tokenizer.add_tokens(["analysis", "assistant", "final", "thought", "\u0120to"])
+    codec.tokenizer.add_tokens(["analysis", "assistant", "final", "thought"])
     codec.tags = Tags.of(codec.tokenizer)
     thoughts, writer = Thoughts(codec.tags, None, most), TextWriter(codec, 1, ())
     left = codec.encode(said, add_special_tokens=False).tolist()

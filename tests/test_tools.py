@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def test_calls_are_read_in_the_form_of_a_family(written: str, said: str, size: i
     ("written", "values"),
     [
         ("maybe:None", {"maybe": None}),
+        ("maybe: None, ports: [None, None]", {"maybe": None, "ports": [None, None]}),
+        ('"text": "hi, note: \\"x", ships: -7', {"text": 'hi, note: "x', "ships": -7}),
         ('crew:{of:[true,None,1.5],"x":{}}', {"crew": {"of": [True, None, 1.5], "x": {}}}),
         ('text:<|"|>{a:1}, "b"\n<|"|>', {"text": '{a:1}, "b"\n'}),
         ('text:<|"|><|"|>, ports:[<|"|>a<|"|>,<|"|>b:<|"|>]', {"text": "", "ports": ["a", "b:"]}),
@@ -167,6 +170,39 @@ def test_calls_are_read_in_the_form_of_a_family(written: str, said: str, size: i
 )
 def test_values_are_read_as_gemma_4_writes_them(written: str, values: dict[str, Any]) -> None:
     assert read(f"<|tool_call>call:sail{{{written}}}", [VOYAGE], 3) == ("", [("sail", values)])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '<object><param name="a">1</param>\n<param name="b">2</param></object>',
+        "<param><value>1</value></param>\n<param><value>2</value></param>",
+        '<parameter name="a">1</parameter>\n<parameter name="b">',
+        'in Gemma: <|tool_call>call:f{a:<|"|>1<|"|>, note: y}<tool_call|>',
+    ],
+)
+def test_a_value_may_hold_what_other_families_write(value: str) -> None:
+    assert read(in_tags("sail", text=value), [VOYAGE], 5) == ("", [("sail", {"text": value})])
+    call = json.dumps({"name": "sail", "arguments": {"text": value}})
+    for tags in (("<tool_call>\n", "\n</tool_call>"), ("[TOOL_CALLS][", "]")):
+        text = call.join(tags)
+        assert read(text, [VOYAGE], 5) == ("", [("sail", {"text": value})])
+    written = f'<function name="sail"><param name="text"><![CDATA[{value}]]></param></function>'
+    assert read(written, [VOYAGE], 5) == ("", [("sail", {"text": value})])
+
+
+def test_text_that_only_looks_like_a_call_is_delivered_at_once() -> None:
+    reader = CallReader([VOYAGE, COUNT])
+    words = ["I", " want", " to", " wait", " but", " not", ' <|"|>and, note: x', " now."]
+    assert [reader.add(word) for word in words] == words
+    text = '{"tool_name": "count", "reason": "ships"}'
+    assert read(text, [COUNT], 3) == (text, [])
+
+
+def test_values_in_python_have_the_type_of_their_schema() -> None:
+    values = {"ports": "['a', 'b']", "crew": "{'size': 3}", "night": "True", "text": "['a']"}
+    wanted = {"ports": ["a", "b"], "crew": {"size": 3}, "night": True, "text": "['a']"}
+    assert read(in_tags("sail", **values), [VOYAGE], 5) == ("", [("sail", wanted)])
 
 
 @pytest.mark.parametrize(
@@ -292,8 +328,8 @@ def test_python_that_is_no_call_is_said(written: str) -> None:
         ("I look.[TOOL_CALLS]count[ARGS]{A}[TOOL_CALLS]count[ARGS]{A}", "I look."),
         ("[TOOL_CALLS]count{A}", ""),
         ("[TOOL_CALLS]count[CALL_ID]a1b2c3d4e[ARGS]{A}", ""),
-        ('[TOOL_CALLS]sail[ARGS]{"ships": 3}', '[TOOL_CALLS]sail[ARGS]{"ships": 3}'),  # no tool
-        ("I use [TOOL_CALLS] for calls {no", "I use [TOOL_CALLS] for calls {no"),
+        ('[TOOL_CALLS]sail[ARGS]{"ships": 3}', 'sail{"ships": 3}'),  # no tool of this name
+        ("I use [TOOL_CALLS] for calls {no", "I use  for calls {no"),
         ("I look.<|tool_call>call:count{ships:3}<tool_call|>", "I look."),
         ("I look.<other>[TOOL_CALLS]count{A}<other>", "I look."),
     ],
@@ -313,12 +349,16 @@ def test_a_call_after_text_is_found_if_its_tag_is_a_special_token(
     assert all(json.loads(one["arguments"]) == {"ships": 3} for one in functions)
 
 
-def answered(codec: TextCodec, written: str, stop: tuple[str, ...] = ()) -> Choice:
+def answered(
+    codec: TextCodec, written: str, stop: tuple[str, ...] = (), tools: Sequence[Any] = (COUNT,)
+) -> Choice:
     """An answer with this text, special tokens included, to a request with a tool."""
     codec.tags = Tags.of(codec.tokenizer)
     ids = [*codec.encode(written, add_special_tokens=False).tolist(), 1]
     shown = {codec.tokenizer.token_to_id(text) for text in SPECIAL} - {None}
-    writer, choice = TextWriter(codec, 1, stop, (), shown), Choice(codec, [COUNT])
+    added = codec.tokenizer.get_added_tokens_decoder().items()
+    codec.control = {token.content: number for number, token in added if token.special}
+    writer, choice = TextWriter(codec, 1, stop, (), shown), Choice(codec, [*tools])
     thoughts = Thoughts(codec.tags)
     for number, token in enumerate(ids, 1):
         reason: Any = "stop" if number == len(ids) else None
@@ -344,15 +384,29 @@ def test_calls_of_gpt_oss_are_named_in_a_header(
     codec = TextCodec(Bundle(tiny_bundle))
     words = ["<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>"]
     codec.tokenizer.add_special_tokens(words)
-    codec.tokenizer.add_tokens(["final", "\u0120to"])
+    codec.tokenizer.add_tokens(["final"])
     start = "<|start|>assistant"  # with which the prompt ends
-    written = (thought + start + header.removeprefix(start)).replace(" to=", "\u0120to=")
-    written = written if thought else written.removeprefix(start)
+    written = thought + (start if thought else "") + header.removeprefix(start)
     choice = answered(codec, written + '{"ships": 3}')
-    assert choice.reasoning == ("Count." if thought else "")
+    assert choice.reasoning.startswith("Count." if thought else "")
     assert [call["function"]["name"] for call in choice.calls] == ["count"] * called
-    assert called == (not choice.text.strip()), choice.text
-    assert called or choice.text.endswith('{"ships": 3}')
+    assert (choice.text.strip() == "") == called, choice.text
+    assert "<|" not in choice.text
+
+
+@pytest.mark.parametrize("tools", [[], [COUNT]], ids=["", "tools"])
+def test_gpt_oss_may_name_others_in_a_header_or_a_function_in_its_thoughts(
+    tools: list[Any], tiny_bundle: Path
+) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    codec.tokenizer.add_special_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|end|>"])
+    codec.tokenizer.add_tokens(["final"])
+    final = "<|end|><|start|>assistant<|channel|>final<|message|>Three."
+    for header in ("commentary to=assistant<|channel|>analysis", "commentary to=python code"):
+        said = f"<|channel|>{header}<|message|>I write to=functions.count? No.{final}"
+        choice = answered(codec, said, tools=tools)
+        assert (choice.text, choice.calls) == ("Three.", [])
+        assert choice.reasoning == "I write to=functions.count? No."
 
 
 def test_a_tag_among_thoughts_or_without_tools_opens_no_call(tiny_bundle: Path) -> None:

@@ -16,10 +16,9 @@ _TAGS = (  # each pair with the text before and after the second one
 )
 _NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "<|channel>": (("<|channel>",), ()),
-    "<|channel|>": (("<|channel|>", "<|start|>", "<|end|>"), ("final", "\u0120to")),
+    "<|channel|>": (("<|channel|>", "<|start|>", "<|end|>"), ("final",)),
 }
-"""By tag: the tags that a channel's name follows; the name of the answer's, if it has one, and the
-word before a recipient, which makes a message a call."""
+"""By tag: the tags that a channel's name follows, and the name of the answer's, if it has one."""
 
 
 class Tags(NamedTuple):
@@ -31,7 +30,6 @@ class Tags(NamedTuple):
         ending: ids that end thoughts which have reached their limit; `close` is one of them.
         heads: ids that a name follows, up to `close` or a new line, which is not text.
         final: id of the name that makes `close` end thoughts; None: it always does.
-        to: id of the word that does so, too, wherever it stands in a header.
     """
 
     open: int
@@ -39,14 +37,13 @@ class Tags(NamedTuple):
     ending: tuple[int, ...]
     heads: frozenset[int] = frozenset()
     final: int | None = None
-    to: int | None = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Tags | None:
         """The first tags that the vocabulary has; None where it has none."""
         for opening, before, closing, after in _TAGS:
-            heads, names = _NAMED.get(opening, ((), ()))
-            wanted = (opening, closing, *heads, *names)
+            heads, final = _NAMED.get(opening, ((), ()))
+            wanted = (opening, closing, *heads, *final)
             known = ((text, tokenizer.token_to_id(text)) for text in wanted)
             ids = {text: number for text, number in known if number is not None}
             if not ids.keys() >= {*wanted}:
@@ -56,7 +53,7 @@ class Tags(NamedTuple):
             )
             ending = (*head, ids[closing], *tail)
             named = frozenset(ids[text] for text in heads)
-            return cls(ids[opening], ids[closing], ending, named, *(ids[name] for name in names))
+            return cls(ids[opening], ids[closing], ending, named, ids[final[0]] if final else None)
         return None
 
 
@@ -81,7 +78,6 @@ class Thoughts:
         self._answers = tags is not None and tags.final is None  # whether `close` ends them
         self.open = tags is not None and last == tags.open
         self._name: list[int] | None = None  # ids since a head, up to `close`
-        self._called = False  # whether a header names a recipient
         if self.open and not self._answers:
             self._name = []
         self.opening = tags.open if tags is not None and last is None else None
@@ -115,8 +111,7 @@ class Thoughts:
             self._name = [token]
         elif self._name is not None:
             self._name.append(token)
-            self._called = self._called or token == tags.to
-            self._answers = self._called or self._name[0] == tags.final
+            self._answers = self._name[0] == tags.final
 
     def _limit(self) -> None:
         reached = self._most is not None and self._count >= self._most

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.calls import CallReader, recipient
+from dash_onnx.serve.calls import SPECIAL, CallReader, recipient
 
 _HEADER = 100  # most tokens of a header that names a function
 
@@ -47,27 +48,33 @@ class Choice:
         """
         self._most_calls = most_calls
         self._reader = CallReader(tools, tagged=tagged)
-        self._codec, self._tools, self._thoughts = codec, bool(tools), list[int]()
+        self._codec = codec
+        self._control = [word for word in SPECIAL if tools and word in codec.control]
+        self._thoughts = deque[int](maxlen=_HEADER)  # their end may be the header of a call
+        self._heads = codec.tags.heads if tools and codec.tags is not None else frozenset[int]()
+        self._called = False
         self._detokenizer, self._offset = Detokenizer(codec), 0
         self.text, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[TokenLogprobs] = []
 
-    def add(self, chunk: Chunk) -> tuple[str, TokenLogprobs | None]:
-        """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
-        text = chunk.text
-        if chunk.thinking:
-            self._thoughts.append(chunk.token)
-        elif self._tools and self._thoughts:  # their end may be a header
-            self._thoughts, end = [], self._thoughts[-_HEADER:]
-            text = recipient(self._codec.tokenizer.decode(end, skip_special_tokens=False)) + text
+    def add(self, chunk: Chunk) -> tuple[str, str, TokenLogprobs | None]:
+        """Adds a chunk; returns the text that is certain, thoughts, and log probabilities."""
+        text, reasoning = chunk.text, chunk.reasoning
+        if chunk.thinking and self._heads:
+            header = self._header(chunk.token)
+            self._called = bool(header) or (self._called and chunk.token not in self._heads)
+            if self._called:
+                text, reasoning = header + reasoning, ""
         said = self._reader.add(text)
         if chunk.finish_reason is not None:
             rest, calls = self._reader.finish()
             self.calls = calls[: self._most_calls]
             said += rest
+        for word in self._control:  # it could not come back in a message
+            said = said.replace(word, "")
         self.text += said
-        self.reasoning += chunk.reasoning
+        self.reasoning += reasoning
         token = None
         if chunk.logprobs is not None:
             own, top = chunk.logprobs
@@ -76,7 +83,15 @@ class Choice:
             token = TokenLogprobs(content, self._offset)
             self.tokens.append(token)
             self._offset += len(self._detokenizer.add(chunk.token))
-        return said, token
+        return said, reasoning, token
+
+    def _header(self, token: int) -> str:
+        """The header of a call that ends with this token of the thoughts, as in gpt-oss; or ""."""
+        tags = self._codec.tags
+        self._thoughts.append(token)
+        if tags is None or token != tags.close:
+            return ""
+        return recipient(self._codec.tokenizer.decode([*self._thoughts], skip_special_tokens=False))
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self._codec.piece(token), self._codec.piece_bytes(token)

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.conversation import begun_answer
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.answer import Answer, Choice
@@ -36,7 +37,7 @@ from dash_onnx.serve.page import page
 from dash_onnx.serve.pool import Source
 from dash_onnx.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
-from dash_onnx.serve.tools import decoded, support_of, with_tools
+from dash_onnx.serve.tools import Support, decoded, support_of, with_tools
 
 _LOG = logging.getLogger(__name__)
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
@@ -216,6 +217,14 @@ class _Server:
             def encode() -> Ids:
                 check_words(text, [*asked, *tools, variables])
                 support = support_of(text.chat_template, tuple(text.special.items()))
+                try:
+                    return encode_with(support)
+                except PolicyError:  # gpt-oss's template refuses a tool without a description
+                    if not support.tools:
+                        raise
+                    return encode_with(Support(tools=False, calls=False))
+
+            def encode_with(support: Support) -> Ids:
                 messages = with_tools(asked, tools, text.chat_template, support)
                 described = tools if support.tools else ()
                 return text.encode_chat(messages, tools=described, variables=variables)

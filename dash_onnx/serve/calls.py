@@ -50,7 +50,6 @@ _RECIPIENT = "to=functions."  # in the header of gpt-oss's message, before the n
 _QUOTE = '<|"|>'  # Gemma 4's
 _READ = (  # tags before and after calls that only a model's own template writes
     ("<|tool_call>", "<tool_call|>"),  # Gemma 4
-    (_RECIPIENT, "<|call|>"),  # gpt-oss
     ("<|START_ACTION|>", "<|END_ACTION|>"),  # Command R7B
     ("<tool_calls>", "</tool_calls>"),  # Apriel
     # Tags with the name of a function, which Qwen3-Coder may write without the tag before them.
@@ -60,21 +59,24 @@ _READ = (  # tags before and after calls that only a model's own template writes
 _OPENS = tuple(dict.fromkeys([*(form.open for form in (HERMES, *FORMS)), *(o for o, _ in _READ)]))
 _CLOSES = tuple(dict.fromkeys([*(form.close for form in (HERMES, *FORMS)), *(c for _, c in _READ)]))
 _INSIDE = (_QUOTE, "[CALL_ID]", "[ARGS]", "<|channel|>", "<|constrain|>", "<|message|>")
-SPECIAL = (*_OPENS, *filter(None, _CLOSES), *_INSIDE)
+SPECIAL = (*_OPENS, *filter(None, _CLOSES), "<|call|>", *_INSIDE)
 """What counts as text of an answer that may call tools, though it may be a special token."""
 
+_HEADER = r"(?:<\|channel\|>\w+)?(?: ?(?:<\|constrain\|>)?\w+)?<\|message\|>"  # gpt-oss's, its end
+_CALLED = re.compile(rf"{re.escape(_RECIPIENT)}[\w-]{{1,64}}{_HEADER}$")
 _NAMED = (
     r"(?P<named>[\w-]{1,64})(?:\[CALL_ID\]\w*)?"
-    r"(?:\[ARGS\]|(?: ?<\|[^{}\n]{0,50})?<\|message\|>)?(?=\{)"
+    rf"(?:(?:\[ARGS\]|{_HEADER})\s*)?(?=\{{)"
 )
 _TAGGED = (
-    r'<function(?:=| name=")(?P<function>[^>"\n]+)"?>\s*'
+    r"<\|tool_call>call:(?P<quoted>[\w-]{1,64})(?=\{)"
+    r'|<function(?:=| name=")(?P<function>[^>"\n]+)"?>\s*'
     r"|<tool_call>\s*(?P<keyed>[\w-]{1,64})\s*(?=<arg_key>|</tool_call>)"
 )
 _CALL = re.compile(rf"{_NAMED}|\{{|{_TAGGED}|(?P<python>[\w-]{{1,64}})\(")
 _PARAMETER = re.compile(
-    r'<param(?:eter)?(?:=| name=")(?P<name>[^>"\n]+)"?>\n?(?P<value>.*?)\n?</param(?:eter)?>\s*'
-    r"(?=<param|</function>)",
+    r'<(?P<tag>param(?:eter)?)(?P<is>=| name=")(?P<name>[^>"\n]+)"?>\n?'
+    r"(?P<value><!\[CDATA\[.*?\]\]>|.*?)\n?</(?P=tag)>\s*(?=<(?P=tag)(?P=is)|</function>)",
     re.DOTALL,
 )
 _PAIR = re.compile(
@@ -84,9 +86,11 @@ _PAIR = re.compile(
 )
 _END = re.compile(r"(?P<function></function>)|(?=</tool_call>)|$")
 _VERBATIM = re.compile(r"<!\[CDATA\[(.*)\]\]>", re.DOTALL)
-_KEY = re.compile(r"([{,]\s*)([^\s{},:\[\]\"][^{},:\[\]]*):")  # Gemma 4's, without quotes
-_NONE = re.compile(r"(?<=[:,\[])None(?=[],}])")
-_PYTHON = {"True": True, "False": False, "None": None}  # as Qwen's templates write them
+_TOKEN = re.compile(  # of a Gemma 4 call's arguments
+    rf'{re.escape(_QUOTE)}(?P<own>.*?){re.escape(_QUOTE)}|(?P<json>"(?:[^"\\]|\\.)*")'
+    r"|(?P<mark>[{}\[\],:])|\s+|(?P<bare>[^{}\[\],:\"<]+|.)",
+    re.DOTALL,
+)
 _JSON = {"true": True, "false": False, "null": None}  # names in Python
 _MOST_PYTHON, _MOST_ENDS = 20_000, 500  # characters of a call, and brackets that may end it
 _KINDS = {
@@ -103,10 +107,10 @@ _AFTER = re.compile(rf"\s*[],]?\s*(?:{'|'.join(map(re.escape, filter(None, _CLOS
 _BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 
 
-def recipient(header: str) -> str:
-    """The end of a header's text, as gpt-oss writes it, from where it names a function; or ""."""
-    _, found, after = header.rpartition(_RECIPIENT)
-    return found + after if found and "<|message|>" in after else ""
+def recipient(text: str) -> str:
+    """The end of a text that is a header of gpt-oss, from where it names a function; or ""."""
+    found = _CALLED.search(text)
+    return found[0] if found else ""
 
 
 class CallReader:
@@ -136,6 +140,8 @@ class CallReader:
             return said
         if not self._spoke and self._held.strip() and _BARE.match(self._held):
             return ""
+        if not self._spoke and begins(self._held.lstrip(), _RECIPIENT) == 0:
+            return ""
         at = min(begins(self._held, tag) for tag in _OPENS)
         said, self._held = self._held[:at], self._held[at:]
         self._spoke = self._spoke or bool(said.strip())
@@ -143,7 +149,7 @@ class CallReader:
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The remaining content at the end, and the calls in OpenAI's form."""
-        said, calls, rest = "", [], _in_own_quotes(self._held)
+        said, calls, rest = "", [], self._held
         self._held = ""
         while rest:
             found = _CALL.search(rest)
@@ -167,6 +173,8 @@ class CallReader:
             written = None
         elif found["named"]:
             written = _in_json(text, found.end(), name)
+        elif found["quoted"]:
+            written = _in_own_quotes(text, found.end(), name)
         elif found["python"]:
             written = _in_python(text, start, name)
         else:
@@ -199,14 +207,24 @@ class CallReader:
         return (name, arguments, closed.end()) if closed is not None and whole else None
 
 
-def _in_own_quotes(text: str) -> str:
-    """Text in which calls of Gemma 4, `call:NAME{key:<|"|>value<|"|>}`, have JSON's quotes."""
-    if _QUOTE not in text and "<|tool_call>" not in text:
-        return text
-    parts = text.replace("<|tool_call>call:", "<|tool_call>").split(_QUOTE)
-    parts[::2] = (_NONE.sub("null", _KEY.sub(r'\1"\2":', part)) for part in parts[::2])
-    parts[1::2] = (json.dumps(part, ensure_ascii=False) for part in parts[1::2])
-    return "".join(parts)
+def _in_own_quotes(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
+    """Name and arguments of a call of Gemma 4, `{key:<|"|>value<|"|>}`, and where it ends."""
+    parts, depth, bare = list[str](), 0, False
+    for found in _TOKEN.finditer(text, start):
+        mark = found["mark"] or ""
+        if mark == ":" and bare:  # behind a key
+            parts[-1] = json.dumps(parts[-1])
+        bare = found["bare"] is not None
+        if found["own"] is not None:
+            parts.append(json.dumps(found["own"]))
+        elif found.lastgroup is not None:
+            parts.append("null" if found[0].strip() == "None" else found[0].strip())
+        depth += (mark in "{[") - (mark in "}]") if mark else 0
+        if mark and not depth:
+            with contextlib.suppress(ValueError, RecursionError):
+                return name, json.loads("".join(parts), parse_constant=str), found.end()
+            break
+    return None
 
 
 def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | None:
@@ -217,7 +235,7 @@ def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | N
         return None
     if known:
         return known, call, end
-    name = call.get("name", call.get("tool_name"))
+    name = call.get("tool_name" if "tool_name" in call and "parameters" in call else "name")
     if not isinstance(name, str):
         return None
     return name, call.get("arguments", call.get("parameters", {})), end
@@ -231,12 +249,26 @@ def _in_python(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
         if not (end := text.find(")", end, most) + 1):
             break
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            # The grammar of later versions would print a warning of unknown escapes.
-            call = ast.parse(f"f{text[first:end]}", mode="eval", feature_version=(3, 11)).body
+            call = _parsed(f"f{text[first:end]}")
             if not isinstance(call, ast.Call) or call.args:
                 return None
             return name, {str(one.arg): _literal(one.value) for one in call.keywords}, end
     return None
+
+
+def _parsed(text: str) -> ast.expr:
+    """An expression in Python; the grammar of later versions prints warnings of escapes."""
+    return ast.parse(text, mode="eval", feature_version=(3, 11)).body
+
+
+def _from_python(text: str) -> Any:
+    """The value of a literal, as templates that print values write it; else the text."""
+    if len(text) > _MOST_PYTHON:
+        return text
+    try:
+        return _literal(_parsed(text))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text
 
 
 def _literal(node: ast.expr | None) -> Any:
@@ -267,7 +299,7 @@ def _value(text: str, kinds: set[str]) -> Any:
     try:
         value = json.loads(text, parse_constant=str)
     except (ValueError, RecursionError):
-        value = _PYTHON.get(text, text)
+        value = _from_python(text)
     fits = "string" not in kinds or kinds & _KINDS.get(type(value), set())
     return value if fits else text
 
@@ -304,6 +336,6 @@ def _member(data: Any, name: str) -> Any:
 def _without_tag(text: str) -> str:
     """The text before a call, without the tag or bracket that belongs to the call."""
     text = text.rstrip().removesuffix("[").rstrip()
-    for tag in _OPENS:
+    for tag in (*_OPENS, _RECIPIENT):
         text = text.removesuffix(tag)
     return text.rstrip()

@@ -111,8 +111,8 @@ class EventStream(Response):
             "ms": round(chunk.ms, 3),
             "cost": round(tally.last, 4),
         }
-        said, token = choice.add(chunk)
-        piece = answer.piece(index, said, token=token, reasoning=chunk.reasoning, dash=facts)
+        said, reasoning, token = choice.add(chunk)
+        piece = answer.piece(index, said, token=token, reasoning=reasoning, dash=facts)
         events.append(piece)
         if chunk.finish_reason is not None:
             reason = tally.finish_reason
