@@ -68,7 +68,7 @@ def main() -> None:
         if not arguments.json:
             print(
                 f"{name:9} {policy:7} cost {found.cost_ms / full_ms:.3f}  KL {found.kl:.4f} "
-                f"({found.kl_stderr:.4f})  top-1 {found.top1:.1%}  "
+                f"({found.kl_stderr or 0:.4f})  top-1 {found.top1:.1%}  "
                 f"skipped {found.actions.get(SKIP, 0):.1%}"
             )
     if arguments.json:

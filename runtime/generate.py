@@ -20,7 +20,7 @@ from dash_onnx.core.thoughts import Thoughts
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS, Draft, Drafter, DraftStats, Found
 from dash_onnx.runtime.grammar import Constraint
-from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.options import GenerationOptions, LogitsProcessor
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken, Logprobs
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
@@ -243,11 +243,25 @@ class Generation:
         thoughts = self._thoughts
         return not (thoughts.open or thoughts.due) and thoughts.opening is None
 
+    def _processed(self, processor: LogitsProcessor, logits: Logits) -> Logits:
+        """What a processor makes of logits `[V]`.
+
+        Raises:
+            PolicyError: no token can be drawn from that.
+        """
+        found, told = processor(self.text, logits), "logits_processor must return logits"
+        if not isinstance(found, np.ndarray) or found.shape != logits.shape:
+            what = getattr(found, "shape", type(found).__name__)
+            raise PolicyError(f"{told} of shape {logits.shape}, not {what}")
+        if not np.max(found) > -np.inf:
+            raise PolicyError(f"{told} of which one is above -inf, and none is NaN")
+        return found
+
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""
         raw = logits
         if self._options.logits_processor is not None:
-            logits = self._options.logits_processor(self.text, logits)
+            logits = self._processed(self._options.logits_processor, logits)
         if self._thoughts.due:
             token = self._thoughts.due[0]
         else:

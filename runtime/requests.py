@@ -176,8 +176,9 @@ class Requests:
             raise PolicyError(f"token ids must be integers, not {array.dtype}")
         array = array.astype(np.int64, copy=False)
         if array.ndim != 1 or len(array) == 0:
-            shape = "empty" if array.size == 0 else f"of shape {array.shape}"
-            raise PolicyError(f"the prompt is {shape}; it must be a non-empty list of token ids")
+            if array.size == 0:
+                raise PolicyError("the prompt is empty, and no token precedes it")
+            raise PolicyError(f"the prompt is of shape {array.shape}, not a list of token ids")
         model, least, most = self._manifest.model, int(array.min()), int(array.max())
         if least < 0 or most >= model.vocab_size:
             raise PolicyError(

@@ -376,3 +376,15 @@ def test_a_workspace_is_kept_after_an_error_where_it_is_wanted(
         assert (space / "part").exists() == wanted
         (space / "bundle").mkdir()
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mountinfo").is_file(), reason="Linux tells what is mounted"
+)
+def test_a_folder_mounted_from_the_same_file_system_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)  # as of such a folder
+    with pytest.raises(BundleError, match="is a mount point"):
+        check_destination(Path("/proc"), overwrite=True)
+    check_destination(tmp_path, overwrite=True)

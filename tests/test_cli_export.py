@@ -89,7 +89,7 @@ def test_json_is_one_object_with_the_figures_and_nothing_else(
 ) -> None:
     options = ("--max-length", 100, "--variants", "int8, full,int8")
     facts = TOOL.json_of(capsys, *quick(tiny_folder, out, night, *options))
-    assert facts["out"] == str(out)
+    assert facts["folder"] == str(out)
     assert facts["variants"] == ["full", "int8"]
     assert facts["target"]["accuracy_level"] == 4
     assert facts["model"]["max_length"] == 100

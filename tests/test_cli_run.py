@@ -786,10 +786,10 @@ def prefills(monkeypatch: pytest.MonkeyPatch) -> Prefills:
 
 
 def chatted(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture, lines: str, *arguments: object
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, lines: str, *arguments: object, code: int = 0
 ) -> tuple[str, str]:
     give_stdin(monkeypatch, lines)
-    assert run(*arguments) == 0
+    assert run(*arguments) == code
     captured = capsys.readouterr()
     return captured.out, captured.err
 
@@ -1097,9 +1097,10 @@ def test_a_session_that_cannot_be_written_does_not_end_the_chat(
 
     monkeypatch.setattr(Cache, "save", full)
     given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")
-    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", *given)
+    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", *given, code=2)
     assert out.splitlines() == conversation(tiny_model, "hello", "ships?")
     assert err.count("talk: No space left on device") == 2
+    assert "the last answers are not in" in err.splitlines()[-1]
 
 
 def test_a_session_that_stays_is_cleared_all_the_same(
@@ -1109,8 +1110,12 @@ def test_a_session_that_stays_is_cleared_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    unlink = Path.unlink
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name == "talk":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
 
     monkeypatch.setattr(Path, "unlink", refuse)
     given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")

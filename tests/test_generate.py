@@ -95,7 +95,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([], "non-empty"), ([[1, 2]], "non-empty"), ([5, 384], "0..383"), ([-1], "0..383")],
+    [([], "is empty"), ([[1, 2]], "not a list"), ([5, 384], "0..383"), ([-1], "0..383")],
 )
 def test_bad_prompts_are_refused(tiny_model: Model, ids: list, message: str) -> None:
     with pytest.raises(PolicyError, match=message):

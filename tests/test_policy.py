@@ -251,8 +251,8 @@ def test_precisions_are_parsed_highest_first_without_duplicates(
     [
         ("full,fp8", "unknown variant 'fp8'"),
         ("skip", "unknown variant 'skip'"),
-        ("", "no variant"),
-        ("wide", "no variant"),
+        ("", "no precision"),
+        ("wide", "no precision"),
         ("wide,int8", "wide is a copy"),
     ],
 )

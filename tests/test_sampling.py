@@ -335,3 +335,19 @@ def test_an_empty_stop_string_is_refused(stop: str | tuple[str, ...]) -> None:
 def test_no_new_tokens_at_all_is_refused(count: int) -> None:
     with pytest.raises(PolicyError, match=f"max_new_tokens={count} must be at least 1"):
         GenerationOptions(max_new_tokens=count)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda logits: None,
+        lambda logits: logits[:3],
+        lambda logits: "x",
+        lambda logits: logits * np.nan,
+        lambda logits: np.full_like(logits, -np.inf),
+    ],
+    ids=["None", "short", "text", "nan", "none left"],
+)
+def test_what_a_logits_processor_returns_is_checked(made: Any, tiny_model: Model) -> None:
+    with pytest.raises(PolicyError, match="logits_processor must return logits"):
+        tiny_model.generate("a", logits_processor=lambda ids, logits: made(logits))

@@ -573,7 +573,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("wrong", "status", "word"),
     [
-        ({"model": "none"}, openai.NotFoundError, "there are scored, tiny"),
+        ({"model": "none"}, openai.NotFoundError, "available: scored, tiny"),
         ({"messages": []}, openai.BadRequestError, "no message"),
         ({"messages": [{"role": "king", "content": "x"}]}, openai.BadRequestError, "role"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),

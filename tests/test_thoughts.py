@@ -111,6 +111,7 @@ def test_an_answer_is_told_apart_from_its_thoughts(
 HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]  # gpt-oss's
 GEMMA4 = ["<|channel>", "<channel|>"]
 FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+TO_F = "<|end|><|start|>\u0120to=f<|channel|>analysis"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,9 @@ FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
         (HARMONY, "<|channel|>analysis<|message|>Count", None, "Count", ""),
         (HARMONY, "<|channel|>", 0, "", ""),
         (HARMONY, "<|channel|>analysis<|message|>aa", 3, "a", ""),
+        (HARMONY, "<|channel|>\u0120to=f<|message|>Seven", 5, "Seven", ""),  # a call is not cut
+        (HARMONY, "<|channel|>\u0120to=f<|channel|>analysis<|message|>Seven", 7, "S", ""),
+        (HARMONY, f"<|channel|>analysis<|message|>a{TO_F}<|message|>Seven", 12, "aSeven", ""),
         (GEMMA4, "<|channel>thought\nCount.<channel|>Seven", None, "Count.", "Seven"),
         (GEMMA4, "<|channel>thought\n<channel|>Seven", None, "", "Seven"),
         (GEMMA4, "Seven", None, "", "Seven"),
@@ -133,7 +137,7 @@ def test_channels_are_told_apart(
 ) -> None:
     codec = TextCodec(Bundle(tiny_bundle))
     codec.tokenizer.add_special_tokens(tags)
-    codec.tokenizer.add_tokens(["analysis", "assistant", "final", "thought"])
+    codec.tokenizer.add_tokens(["analysis", "assistant", "final", "thought", "\u0120to"])
     codec.tags = Tags.of(codec.tokenizer)
     thoughts, writer = Thoughts(codec.tags, None, most), TextWriter(codec, 1, ())
     left = codec.encode(said, add_special_tokens=False).tolist()
@@ -149,7 +153,8 @@ def test_channels_are_told_apart(
     assert "".join(chunk.reasoning for chunk in found) == reasoning
     assert "".join(chunk.text for chunk in found) == text
     assert not thoughts.open or text == "" != reasoning
-    assert bool(forced) == (most is not None) and not (forced and thoughts.open)
+    limited = most is not None and "Seven" not in reasoning
+    assert bool(forced) == limited and not (forced and thoughts.open)
 
 
 def test_raw_text_keeps_its_tags(model: Model) -> None:

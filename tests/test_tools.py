@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,19 @@ def test_text_that_only_looks_like_a_call_is_delivered_at_once() -> None:
     assert read(text, [COUNT], 3) == (text, [])
 
 
+@pytest.mark.parametrize("value", ['{{"size": 3}}', "{[1]}", "[1" + "0" * 400 + ", 'a']", "seven"])
+def test_a_value_that_is_no_literal_is_text(value: str) -> None:
+    assert read(in_tags("sail", crew=value), [VOYAGE], 5) == ("", [("sail", {"crew": value})])
+
+
+def test_a_call_that_is_cut_off_in_a_long_word_is_said_at_once() -> None:
+    text = '{"name": "count", "arguments": {"d": "' + "0" * 10_000
+    reader, started = CallReader([COUNT]), time.process_time()
+    reader.add(text)
+    assert reader.finish() == (text, [])
+    assert time.process_time() - started < 2
+
+
 def test_values_in_python_have_the_type_of_their_schema() -> None:
     values = {"ports": "['a', 'b']", "crew": "{'size': 3}", "night": "True", "text": "['a']"}
     wanted = {"ports": ["a", "b"], "crew": {"size": 3}, "night": True, "text": "['a']"}
@@ -384,7 +398,7 @@ def test_calls_of_gpt_oss_are_named_in_a_header(
     codec = TextCodec(Bundle(tiny_bundle))
     words = ["<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>"]
     codec.tokenizer.add_special_tokens(words)
-    codec.tokenizer.add_tokens(["final"])
+    codec.tokenizer.add_tokens(["final", "\u0120to"])
     start = "<|start|>assistant"  # with which the prompt ends
     written = thought + (start if thought else "") + header.removeprefix(start)
     choice = answered(codec, written + '{"ships": 3}')
@@ -400,7 +414,7 @@ def test_gpt_oss_may_name_others_in_a_header_or_a_function_in_its_thoughts(
 ) -> None:
     codec = TextCodec(Bundle(tiny_bundle))
     codec.tokenizer.add_special_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|end|>"])
-    codec.tokenizer.add_tokens(["final"])
+    codec.tokenizer.add_tokens(["final", "\u0120to"])
     final = "<|end|><|start|>assistant<|channel|>final<|message|>Three."
     for header in ("commentary to=assistant<|channel|>analysis", "commentary to=python code"):
         said = f"<|channel|>{header}<|message|>I write to=functions.count? No.{final}"

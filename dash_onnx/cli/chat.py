@@ -65,7 +65,7 @@ class Chat:
         self._cache = model.new_cache()
         self._options = options
         self._messages: list[dict[str, Any]] = []
-        self._session = session
+        self._session, self._unsaved = session, False
         self._saved: Path | None = None  # our own file, safe to overwrite
         if session is not None and session.exists():
             self._resume(session)
@@ -82,7 +82,11 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Reads messages and commands until the end of input."""
+        """Reads messages and commands until the end of input.
+
+        Raises:
+            SourceError: the session could not be saved after the last answer.
+        """
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing in input())
         terminal = sys.stdin.isatty()
@@ -117,10 +121,11 @@ class Chat:
             except KeyboardInterrupt:  # stops the command, not the chat
                 print(file=sys.stderr)  # after the ^C of a terminal
                 self._say("stopped")
-            except ContextLengthError as error:
-                self._say(f"error: {error}; /reset starts over")
             except DashError as error:
-                self._say(f"error: {error}")
+                reset = "; /reset starts over" if isinstance(error, ContextLengthError) else ""
+                self._say(f"error: {error}{reset}")
+        if self._unsaved:
+            raise SourceError(f"the last answers are not in {self._session}")
 
     def _say(self, text: str) -> None:
         print(text if text == HELP else f"dash-run: {text}", file=sys.stderr)
@@ -148,8 +153,10 @@ class Chat:
             answer["reasoning_content"] = reasoning
         self._messages = [*asked, answer]
         if self._session is not None and self._cache.tokens:
+            self._unsaved = True
             with _told_of(self._session):
                 self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
+            self._unsaved = False
 
     def _resume(self, session: Path) -> None:
         facts = self._cache.load(session)
@@ -198,6 +205,7 @@ class Chat:
     def _reset(self, _: str) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
         if self._session is not None:
+            self._unsaved = False
             with _told_of(self._session):
                 self._session.unlink(missing_ok=True)
         self._say("conversation cleared")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import io
 import logging
 import os
@@ -117,6 +118,8 @@ def run(
         _discard_stdout()
         place = f" {error.filename}" if error.filename else ""
         reason = error.strerror or error
+        if error.errno == errno.ENOSPC:
+            reason = f"{reason}; make room, or write to another disk"
         _tell(tool, error, f"error: cannot read or write{place}: {reason}")
         return 2
     finally:
@@ -346,7 +349,7 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         action="extend",
         default=[],
         metavar="SOURCE",
-        help="texts of your domain, after BUNDLE: a file (.jsonl can hold prompts and responses), "
+        help="texts of your domain, last: a file (.jsonl can hold prompts and responses), "
         "a folder, - for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; SOURCE@0.5 sets "
         "its share (default: text that the model generates; see docs/reference/texts.md)",
     )

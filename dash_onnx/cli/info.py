@@ -213,7 +213,8 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"{costs.machine}, {costs.threads} threads",
         f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token" + _states(manifest),
         *_policy(manifest),
-        f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
+        f"from {export.source}, exported in {export.seconds:.0f} s, "
+        f"peak memory {export.peak_rss_bytes / 1e9:.2f} GB",
         _license(export.license, any(name.startswith(SOURCE_FOLDER) for name in manifest.files)),
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
         f"format {written}, made with {tools}",

@@ -94,7 +94,7 @@ def parse_variants(text: str | None) -> tuple[tuple[Action, ...], bool]:
             raise PolicyError(f"unknown variant {name!r}; choose from {known}")
     precisions = tuple(action for action in PRECISIONS if action in names)
     if not precisions:
-        raise PolicyError(f"no variant given; choose from {', '.join(PRECISIONS)}")
+        raise PolicyError(f"no precision given; choose from {', '.join(PRECISIONS)}")
     if WIDE in names and not {*WIDENED}.intersection(precisions):
         raise PolicyError(f"wide is a copy for {' and '.join(WIDENED)}: add one, or leave it out")
     return precisions, WIDE in names

@@ -105,7 +105,7 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         ) from None
     if not folder.exists() and not folder.is_symlink():
         return
-    if os.path.ismount(folder.resolve()):  # unresolved, `.` looks like one
+    if _is_mount(folder.resolve()):  # unresolved, `.` looks like one
         raise BundleError(f"{folder} is a mount point: give a folder inside it")
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -116,6 +116,16 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
     if os.name == "nt" and Path.cwd().is_relative_to(folder.resolve()):
         raise BundleError(f"Windows cannot replace {folder}: change to another folder first")
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether something is mounted there, perhaps another folder of the same file system."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+    except OSError:  # not on Linux
+        mounts = ""
+    escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in str(folder))
+    return os.path.ismount(folder) or f" {escaped} " in mounts
 
 
 def check_room(what: str, needed: int, folder: Path, remedy: str, reused: int = 0) -> None:

@@ -10,12 +10,13 @@ _LONGEST = 800  # characters of a message
 class DashError(Exception):
     """Base of every error that the user can fix.
 
-    Messages quote files and templates: unprintable characters are escaped, and long messages cut.
+    Messages quote files, templates and libraries: lines are joined, other unprintable characters
+    are escaped, and long messages cut.
     """
 
     def __init__(self, message: str):
         """Takes the message."""
-        super().__init__(_cut(printable(_cut(message))))
+        super().__init__(_cut(printable(" ".join(map(str.strip, _cut(message).splitlines())))))
 
 
 def first_line(error: Exception) -> str:

@@ -102,7 +102,7 @@ class TextCodec:
         messages: Sequence[Message],
         *,
         answer_next: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] | None = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, ending where the assistant's answer begins.
@@ -125,7 +125,7 @@ class TextCodec:
         """
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
-        values = {"tools": [*tools] or None, "add_generation_prompt": answer_next}
+        values = {"tools": [*(tools or ())] or None, "add_generation_prompt": answer_next}
         if taken := {*values, *self.special, "messages"}.intersection(variables or ()):
             raise PolicyError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         values = {**(variables or {}), **values}
@@ -135,7 +135,7 @@ class TextCodec:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] | None = (),
         variables: Mapping[str, Any] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Token ids `[S]` of a conversation, ready for the assistant's answer."""

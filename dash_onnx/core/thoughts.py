@@ -16,9 +16,10 @@ _TAGS = (  # each pair with the text before and after the second one
 )
 _NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "<|channel>": (("<|channel>",), ()),
-    "<|channel|>": (("<|channel|>", "<|start|>", "<|end|>"), ("final",)),
+    "<|channel|>": (("<|channel|>", "<|start|>", "<|end|>"), ("final", "\u0120to")),
 }
-"""By tag: the tags that a channel's name follows, and the name of the answer's, if it has one."""
+"""By tag: the tags that a channel's name follows; the name of the answer's, if it has one, and the
+word before a recipient, which makes a message a call."""
 
 
 class Tags(NamedTuple):
@@ -30,6 +31,7 @@ class Tags(NamedTuple):
         ending: ids that end thoughts which have reached their limit; `close` is one of them.
         heads: ids that a name follows, up to `close` or a new line, which is not text.
         final: id of the name that makes `close` end thoughts; None: it always does.
+        to: id of the word in a header that makes a message a call, which has no limit.
     """
 
     open: int
@@ -37,13 +39,14 @@ class Tags(NamedTuple):
     ending: tuple[int, ...]
     heads: frozenset[int] = frozenset()
     final: int | None = None
+    to: int | None = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Tags | None:
         """The first tags that the vocabulary has; None where it has none."""
         for opening, before, closing, after in _TAGS:
-            heads, final = _NAMED.get(opening, ((), ()))
-            wanted = (opening, closing, *heads, *final)
+            heads, names = _NAMED.get(opening, ((), ()))
+            wanted = (opening, closing, *heads, *names)
             known = ((text, tokenizer.token_to_id(text)) for text in wanted)
             ids = {text: number for text, number in known if number is not None}
             if not ids.keys() >= {*wanted}:
@@ -53,7 +56,7 @@ class Tags(NamedTuple):
             )
             ending = (*head, ids[closing], *tail)
             named = frozenset(ids[text] for text in heads)
-            return cls(ids[opening], ids[closing], ending, named, ids[final[0]] if final else None)
+            return cls(ids[opening], ids[closing], ending, named, *(ids[name] for name in names))
         return None
 
 
@@ -78,6 +81,7 @@ class Thoughts:
         self._answers = tags is not None and tags.final is None  # whether `close` ends them
         self.open = tags is not None and last == tags.open
         self._name: list[int] | None = None  # ids since a head, up to `close`
+        self._called = False  # whether the message, or its header so far, is a call
         if self.open and not self._answers:
             self._name = []
         self.opening = tags.open if tags is not None and last is None else None
@@ -93,7 +97,7 @@ class Thoughts:
         belongs = opened or self.open or bool(self.due)
         self.opening, self.due = None, self.due[1:]
         if (tags := self._tags) is not None and belongs:
-            self._count += not opened
+            self._count += not (opened or (self._called and self._name is None))
             closes = token == tags.close and self._answers
             self.open = (self.open or opened) and not closes
             if tags.final is not None:
@@ -103,21 +107,23 @@ class Thoughts:
 
     def _named(self, token: int, tags: Tags) -> None:
         """Follows the names of channels."""
-        if token == tags.open:
+        if token == tags.open:  # perhaps behind a role
+            self._called = self._called and self._name is not None and self._name[0] in tags.heads
             self._name = []
         elif token == tags.close:
             self._name = None
         elif token in tags.heads:
-            self._name = [token]
+            self._name, self._called = [token], False
         elif self._name is not None:
             self._name.append(token)
+            self._called = self._called or token == tags.to
             self._answers = self._name[0] == tags.final
 
     def _limit(self) -> None:
         reached = self._most is not None and self._count >= self._most
         if self._tags is None or not (self.open and reached) or self.due:
             return
-        if self._name is None:
+        if self._name is None and not self._called:
             self.due = [*self._tags.ending]
-        elif not self._name and self._tags.final is not None:
+        elif self._name == [] and self._tags.final is not None:
             self.due = [self._tags.final, self._tags.close]

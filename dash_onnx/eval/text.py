@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the text.
         kl: mean KL(reference || policy) of the next-token distribution, in nats.
-        kl_stderr: its standard error over windows (0 for a single one).
+        kl_stderr: its standard error over windows; None for a single one.
         top1: share of tokens where policy and reference have the same most likely token.
         ms_per_token: median wall time of one decoded token in milliseconds; None if not timed.
         cost_ms: mean cost of one decoded token by the bundle's profile, in milliseconds.
@@ -44,7 +44,7 @@ class Evaluation:
 
     perplexity: float
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     top1: float
     ms_per_token: float | None
     cost_ms: float
@@ -142,7 +142,7 @@ class _Tally:
         return Evaluation(
             perplexity=float(np.exp(np.mean(self._nll))),
             kl=float(np.mean(self._kl)),
-            kl_stderr=standard_error([float(part.mean()) for part in self._kl]),
+            kl_stderr=standard_error([float(part.mean()) for part in self._kl]) or None,
             top1=float(np.mean(self._agree)),
             ms_per_token=float(np.median(self._ms)) if self._ms else None,
             cost_ms=float(np.mean([self.policy.cost_ms(path, costs) for path in self.paths])),
@@ -163,6 +163,9 @@ def _windows(model: Model, text: str, window: int, prompt_tokens: int) -> list[I
     begin, ids = model.text.begin, model.text.encode(text, add_special_tokens=False)
     own = window - len(begin)
     if len(ids) < own:
-        raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {own}")
+        raise PolicyError(
+            f"the text has {len(ids)} tokens, fewer than one window of {own}: give more text, or a "
+            "smaller --window"
+        )
     parts = (ids[end - own : end] for end in range(own, len(ids) + 1, own))
     return [np.concatenate([begin, part]) for part in parts]

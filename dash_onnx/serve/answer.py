@@ -51,7 +51,8 @@ class Choice:
         self._codec = codec
         self._control = [word for word in SPECIAL if tools and word in codec.control]
         self._thoughts = deque[int](maxlen=_HEADER)  # their end may be the header of a call
-        self._heads = codec.tags.heads if tools and codec.tags is not None else frozenset[int]()
+        tags = codec.tags if tools and not tagged else None
+        self._heads = frozenset[int]() if tags is None else tags.heads
         self._called = False
         self._detokenizer, self._offset = Detokenizer(codec), 0
         self.text, self.reasoning = "", ""

@@ -89,7 +89,7 @@ def create_app(
         assert isinstance(error, HTTPException)
         code, told = _CODES.get(error.status_code, "invalid_request"), error.detail
         if error.status_code == 404:
-            told = "no such path; base_url ends with /v1, and docs/guide/serve.md lists the paths"
+            told = "no such path: base_url ends with /v1, docs/guide/serve.md lists what is served"
         return APIError(error.status_code, told, code, error.headers).response()
 
     @contextlib.asynccontextmanager
@@ -275,7 +275,8 @@ class _Server:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            message = f"{place}: {first['msg']}"[:500]
+            told = first["msg"].removeprefix("Value error, ")
+            message = f"{place}: {told}"[:500] if place else "the body must be a JSON object"
             raise APIError(400, message, "invalid_value", param=place or None) from None
         except (ValueError, RecursionError):
             raise APIError(400, "the body is not JSON", "invalid_json") from None
@@ -325,7 +326,7 @@ class _Server:
             return names[0]
         if name not in names:
             known = ", ".join(names)
-            raise APIError(404, f"no model {name[:100]!r}; there are {known}", "model_not_found")
+            raise APIError(404, f"no model {name[:100]!r}; available: {known}", "model_not_found")
         return name
 
 

@@ -62,7 +62,9 @@ _INSIDE = (_QUOTE, "[CALL_ID]", "[ARGS]", "<|channel|>", "<|constrain|>", "<|mes
 SPECIAL = (*_OPENS, *filter(None, _CLOSES), "<|call|>", *_INSIDE)
 """What counts as text of an answer that may call tools, though it may be a special token."""
 
-_HEADER = r"(?:<\|channel\|>\w+)?(?: ?(?:<\|constrain\|>)?\w+)?<\|message\|>"  # gpt-oss's, its end
+_HEADER = (  # the end of gpt-oss's; bounded, or a search of long text would take forever
+    r"(?:<\|channel\|>\w{1,30})?(?:(?: |(?: ?<\|constrain\|>))\w{1,30})?<\|message\|>"
+)
 _CALLED = re.compile(rf"{re.escape(_RECIPIENT)}[\w-]{{1,64}}{_HEADER}$")
 _NAMED = (
     r"(?P<named>[\w-]{1,64})(?:\[CALL_ID\]\w*)?"
@@ -92,6 +94,7 @@ _TOKEN = re.compile(  # of a Gemma 4 call's arguments
     re.DOTALL,
 )
 _JSON = {"true": True, "false": False, "null": None}  # names in Python
+_NO_LITERAL = SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError
 _MOST_PYTHON, _MOST_ENDS = 20_000, 500  # characters of a call, and brackets that may end it
 _KINDS = {
     bool: {"boolean"},
@@ -248,7 +251,7 @@ def _in_python(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
     for _ in range(_MOST_ENDS):
         if not (end := text.find(")", end, most) + 1):
             break
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        with contextlib.suppress(*_NO_LITERAL):
             call = _parsed(f"f{text[first:end]}")
             if not isinstance(call, ast.Call) or call.args:
                 return None
@@ -267,7 +270,7 @@ def _from_python(text: str) -> Any:
         return text
     try:
         return _literal(_parsed(text))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _NO_LITERAL:
         return text
 
 

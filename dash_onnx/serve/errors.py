@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -82,4 +83,5 @@ def refusing() -> Iterator[None]:
     except ContextLengthError as error:
         raise APIError(400, str(error), "context_length_exceeded") from None
     except DashError as error:
-        raise APIError(400, str(error), "invalid_value") from None
+        named = re.match(r"(\w+)(?:: |=)", str(error))  # the field, as in `top_p=2 is not allowed`
+        raise APIError(400, str(error), "invalid_value", param=named and named[1]) from None

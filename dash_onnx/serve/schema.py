@@ -165,7 +165,7 @@ class GenerationRequest(_Object):
         """
         limited = self.max_tokens or self.max_completion_tokens
         unserved = [
-            f"{name} (use {instead})" if instead else name
+            f"{name}: not supported; {f'use {instead}' if instead else 'leave it out'}"
             for name, instead in REFUSED.items()
             if not (limited and instead == "max_tokens")  # some clients send all names at once
             and getattr(self, name, None) not in (None, *_NEUTRAL.get(name, (0, False, "", [], {})))
@@ -173,7 +173,7 @@ class GenerationRequest(_Object):
         if "@" in self.policy:  # on the command line, this is a file
             raise PolicyError("a request cannot name a file: write out the policy's path")
         if unserved:
-            raise PolicyError(f"{', '.join(unserved)}: not supported; leave it out")
+            raise PolicyError(", ".join(unserved))
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > _STOPS or any(len(word) > _STOP_LENGTH for word in stop):
             raise PolicyError(f"stop: at most {_STOPS} strings of {_STOP_LENGTH:,} characters")

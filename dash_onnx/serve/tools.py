@@ -165,7 +165,8 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
         name = function.get("name") if isinstance(function, Mapping) else None
         allowed = [function for function in allowed if function["name"] == name]
     if not allowed:
-        raise PolicyError(f"tool_choice {str(choice)[:100]!r} names none of the tools")
+        known = "no tools were sent" if not tools else "none of the tools has that name"
+        raise PolicyError(f"tool_choice: {str(choice)[:100]!r} needs a tool, and {known}")
     start, rules = _call_rules(allowed, codec)
     return Grammar.lark(f"start: {start}\n{rules}")
 

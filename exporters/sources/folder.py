@@ -58,7 +58,11 @@ class SafetensorsWeights(Shapes):
         shards = _shards(folder)
         if not shards:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            raise SourceError(f"{folder} has no safetensors weights{PICKLED if pickled else ''}")
+            copied = (folder / "embed.onnx").exists()
+            bundle = "; if it is a bundle, dash.json is missing: copy it again" if copied else ""
+            raise SourceError(
+                f"{folder} has no safetensors weights{PICKLED if pickled else bundle}"
+            )
         super().__init__({})
         self._places: dict[str, tuple[Path, str]] = {}  # file, and name in it
         self._read_so_far = set[str]()
