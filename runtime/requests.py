@@ -96,8 +96,7 @@ class Requests:
         ids = self._encoded(prompt, options)
         raw = raw or isinstance(prompt, str) or _continued(prompt)
         before = ids[-_BEFORE:].tolist() if raw else ()
-        control = self.text.control
-        shown = frozenset(control[word] for word in options.special_tokens if word in control)
+        shown = self._control(options.special_tokens)
         writer = TextWriter(self.text, len(ids), tuple(options.stop), before, shown)
         return self.make(ids, options, writer.add, deliver, raw=raw)
 
@@ -130,7 +129,7 @@ class Requests:
             )
             return policy
 
-        current, control = CurrentPolicy(self.policy_of(options), at), self.text.control
+        current = CurrentPolicy(self.policy_of(options), at)
         drafts = options.speculate
         if drafts is None:
             drafts = self._sessions.backend.device == "cpu"
@@ -142,7 +141,7 @@ class Requests:
             sampling=options.sampling(self.sampling),
             plan=prefill_plan(self._sessions, current.policy, options.prefill),
             eos=self.text.eos_token_ids,
-            stops=frozenset(control[word] for word in options.stop if word in control),
+            stops=self._control(options.stop),
             constraint=Constraint(options.grammar, self._guidance) if options.grammar else None,
             thoughts=Thoughts() if raw else self.text.thoughts(ids, options.max_thinking_tokens),
             stats_of=self._stats_of if drafts else lambda policy: None,
@@ -190,6 +189,11 @@ class Requests:
                 f"{model.max_length}; shorten it, or export with a longer --max-length"
             )
         return array
+
+    def _control(self, words: Sequence[str]) -> frozenset[int]:
+        """Ids of those of the words that are control tokens."""
+        control = self.text.control
+        return frozenset(control[word] for word in words if word in control)
 
     def _stats_of(self, policy: Policy) -> DraftStats | None:
         path = policy.uniform

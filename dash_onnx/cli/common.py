@@ -349,9 +349,10 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         action="extend",
         default=[],
         metavar="SOURCE",
-        help="texts of your domain, last: a file (.jsonl can hold prompts and responses), "
-        "a folder, - for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; SOURCE@0.5 sets "
-        "its share (default: text that the model generates; see docs/reference/texts.md)",
+        help="texts of your domain, after the folder: a file (.jsonl can hold prompts and "
+        "responses), a folder, - for standard input, or "
+        "hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; SOURCE@0.5 sets its share (default: text that the "
+        "model generates; see docs/reference/texts.md)",
     )
     parser.add_argument(
         "--decisions",
