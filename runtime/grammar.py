@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.runtime.schema import closed
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -19,13 +23,48 @@ if TYPE_CHECKING:
     from dash_onnx.core.text import TextCodec
 
 
-TIGHT = {"whitespace_flexible": False}
-"""Options of a schema: no unlimited white space."""
+_LOG = logging.getLogger(__name__)
+_OPTIONS = {
+    "whitespace_flexible": False,  # no unlimited white space
+    "item_separator": ", ",  # as models write JSON: without the spaces their answers get worse
+    "key_separator": ": ",
+    "lenient": True,  # leaves out what a grammar cannot hold, and says so
+}
 
 
-def as_object(schema: Any) -> Any:
-    """A JSON schema that can have options: true and false cannot."""
-    return ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
+def closed_schema(schema: Any) -> Any:
+    """A JSON schema with only the properties that it lists, and patterns that a grammar can hold.
+
+    Raises:
+        PolicyError: llguidance is missing, or the schema is nested too deeply.
+    """
+    _llguidance()
+    with _refusing():
+        return closed(schema, _holds)
+
+
+def with_options(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
+    """A closed JSON schema with llguidance's options.
+
+    Raises:
+        PolicyError: see `closed_schema`.
+    """
+    found = closed_schema(schema)
+    if isinstance(found, bool):
+        found = {} if found else {"enum": []}
+    return {**found, "x-guidance": _OPTIONS}
+
+
+@lru_cache(1 << 10)
+def _holds(pattern: str) -> bool:
+    """Whether a grammar can hold a pattern of a schema."""
+    matcher = _llguidance().LLMatcher
+    schema = json.dumps({"type": "string", "pattern": pattern})
+    with contextlib.suppress(PolicyError), _refusing():
+        if not matcher.validate_grammar(matcher.grammar_from_json_schema(schema)):
+            return True
+    _LOG.warning("grammar: pattern %.100r is left out, as a grammar cannot hold it", pattern)
+    return False
 
 
 @dataclass(frozen=True)
@@ -40,14 +79,18 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
-        """JSON that matches a schema, without unlimited white space; True allows any JSON.
+        """JSON on one line that matches a schema; True allows any JSON.
+
+        Objects have only the properties that the schema lists, unless it says otherwise, as with
+        `additionalProperties`. What a grammar cannot hold, such as `uniqueItems`, is left out, with
+        a warning in the log.
 
         Raises:
             PolicyError: llguidance is missing, or the schema is not valid.
         """
         if not isinstance(schema, Mapping | bool):
             raise PolicyError(f"a JSON schema must be an object, not {type(schema).__name__}")
-        return cls._made("json_schema", json.dumps(as_object(schema)), overrides=TIGHT)
+        return cls._made("json_schema", json.dumps(with_options(schema)))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -68,10 +111,10 @@ class Grammar:
         return cls._made("lark", text)
 
     @classmethod
-    def _made(cls, kind: str, text: str, **options: Any) -> Grammar:
+    def _made(cls, kind: str, text: str) -> Grammar:
         matcher = _llguidance().LLMatcher
         with _refusing():
-            return cls(getattr(matcher, f"grammar_from_{kind}")(text, **options))
+            return cls(getattr(matcher, f"grammar_from_{kind}")(text))
 
 
 class Constraint:
@@ -89,8 +132,11 @@ class Constraint:
         """
         matcher = _llguidance().LLMatcher
         with _refusing():
-            if told := matcher.validate_grammar(grammar.source, tokenizer):
-                raise ValueError(told)
+            wrong, told = matcher.validate_grammar_with_warnings(grammar.source, tokenizer)
+            if wrong:
+                raise ValueError(" ".join(told))
+            if told:
+                _LOG.warning("grammar: %.500r", " ".join(told))
             self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
         self._cuts: dict[bytes, list[int]] = {}  # how the model has split such text

@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import llguidance
 import openai
 import pytest
 from test_forms import SCHEMA, fits
 from test_serve import MESSAGES, client, scored, server  # noqa: F401
 
+from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.model import Model
 from dash_onnx.serve.answer import Choice
 from dash_onnx.serve.schema import ChatRequest
@@ -59,6 +61,47 @@ def test_fields_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:  
         client.completions.create(model="tiny", prompt=["a", "b"])
     with pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model="tiny", prompt="a", best_of=2)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
+    tiny_model: Model, called: bool
+) -> None:
+    tool = {"type": "function", "function": {"name": "count"}}
+    call = '<tool_call>{"name": "count", "arguments": {}}</tool_call>'
+    choice = Choice(tiny_model.text, [tool])
+    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
+    text = f"Two [: {call * called}" + '<tool_call>{"name": "cou'
+    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
+    choice.add(last)
+    assert (choice.text, len(choice.calls)) == ("Two [: ", called)
+    assert choice.finished("length") == "length"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": "unknown"}</tool_call> and more [',
+        "a < b [",
+        'A "<tool_call>" and its "</tool_call>" are tags, <',
+    ],
+)
+def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> None:
+    choice = Choice(tiny_model.text, [{"type": "function", "function": {"name": "count"}}])
+    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
+    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
+    choice.add(last)
+    assert choice.text == text
+
+
+def test_a_call_more_than_asked_for_may_be_cut_off(tiny_model: Model) -> None:
+    tool = {"type": "function", "function": {"name": "count"}}
+    call = '<tool_call>{"name": "count", "arguments": {}}</tool_call>'
+    choice = Choice(tiny_model.text, [tool], 1)
+    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
+    last: Any = SimpleNamespace(text=call + call[:20], finish_reason="length", **facts)
+    choice.add(last)
+    assert len(choice.calls) == 1 and choice.finished("length") == "tool_calls"
 
 
 def test_only_one_call_is_returned_where_one_is_asked_for(tiny_model: Model) -> None:
@@ -124,3 +167,113 @@ def test_fields_of_a_message_that_hold_nothing_are_left_out() -> None:
     answer = {"role": "assistant", "content": None, "tool_calls": None, "audio": None, "name": "a"}
     (found,) = ChatRequest(messages=[answer]).prompt()
     assert found == {"role": "assistant", "content": None, "name": "a"}
+
+
+# What a grammar can hold
+
+
+PROPERTIES = {"name": {"type": "string"}, "age": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fitting", "other"),
+    [
+        ({"properties": PROPERTIES}, '{"name": "a", "age": 3}', '{"name": "a", "size": 3}'),
+        ({"properties": PROPERTIES}, '{"name": "a"}', '{"name":"a"}'),  # as models write it
+        ({"properties": {}}, "{}", '{"name": "a"}'),
+        ({"properties": {"pattern": {"type": "string"}}}, '{"pattern": "("}', '{"pattern": 3}'),
+        ({"properties": {"properties": PROPERTIES["age"]}}, '{"properties": 3}', '{"a": 3}'),
+        ({"properties": {"x": {"properties": {}}}}, '{"x": {}}', '{"x": {"y": 1}}'),
+        ({"$defs": {"x": {"properties": {}}}, "$ref": "#/$defs/x"}, "{}", '{"y": 1}'),
+        (
+            {"properties": PROPERTIES, "additionalProperties": {"type": "string"}},
+            '{"name": "a", "size": "b"}',
+            '{"name": "a", "size": 3}',
+        ),
+        ({"properties": {}, "patternProperties": {"^a": {}}}, '{"ab": 1}', '{"b": 1}'),
+        (
+            {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}], "type": "object"},
+            '{"a": 1, "b": 2}',
+            "[]",
+        ),
+        (
+            {"properties": {"a": {}}, "anyOf": [{"required": ["b"]}, {"required": ["a"]}]},
+            '{"a": 1, "b": 2}',
+            '{"a": 1',
+        ),
+        (
+            {"properties": PROPERTIES, "required": ["name", "size"], "type": "object"},
+            '{"name": "a", "size": "b"}',
+            '{"name": "a"}',
+        ),
+        (
+            {"properties": {"a": {"properties": {}, "allOf": [{}, {}]}, "b": {"properties": {}}}},
+            '{"a": {"c": 1}, "b": {"c": 1}}',
+            '{"a": 1',
+        ),
+        (
+            {
+                "properties": {"a": {"allOf": [{"$ref": "#/$defs/x"}]}},
+                "$defs": {"x": {"enum": [1]}},
+            },
+            '{"a": 1}',
+            '{"a": 1, "b": 1}',
+        ),
+        ({"type": "string", "pattern": "^[a-z]+$"}, '"ab"', '"AB"'),
+        ({"const": {"properties": {}}}, '{"properties": {}}', '{"properties": {"a": 1}}'),
+    ],
+    ids=str,
+)
+def test_objects_have_the_properties_that_are_listed(
+    tiny_model: Model, schema: dict[str, Any], fitting: str, other: str
+) -> None:
+    if "properties" in schema and "anyOf" not in schema:
+        schema = {"type": "object", **schema}
+    if "patternProperties" in schema:
+        schema["additionalProperties"] = False
+    assert accepts(tiny_model, schema, fitting)
+    assert not accepts(tiny_model, schema, other)
+
+
+@pytest.mark.parametrize(
+    ("schema", "warning"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}}, "propertyNames"),
+        ({"type": "string", "format": "path"}, "path"),
+        ({"type": "string", "pattern": "^(?!a)b$"}, "pattern"),
+        ({"not": {"type": "string"}}, "not"),
+    ],
+    ids=str,
+)
+def test_what_a_grammar_cannot_hold_is_left_out_with_a_warning(
+    tiny_model: Model, schema: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = {"array": "[1, 1]", "object": '{"b": 1}'}.get(schema.get("type", ""), '"ab"')
+    assert accepts(tiny_model, schema, text)
+    assert warning in caplog.text
+
+
+def accepts(model: Model, schema: dict[str, Any], text: str) -> bool:
+    """Whether an answer may be this text."""
+    tokenizer = guidance_tokenizer(model.text, model.text.tokenizer.get_vocab_size())
+    matcher = llguidance.LLMatcher(tokenizer, Grammar.json_schema(schema).source)
+    Constraint(Grammar.json_schema(schema), tokenizer)  # warns
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def test_a_required_call_wins_over_a_response_format(tiny_model: Model) -> None:
+    request = ChatRequest(
+        messages=MESSAGES,
+        tools=[{"type": "function", "function": {"name": "count"}}],
+        tool_choice="required",
+        response_format={"type": "json_object"},
+    )
+    grammar = request.with_call(request.options(40), tiny_model.text).grammar
+    assert grammar is not None
+    tokenizer = guidance_tokenizer(tiny_model.text, tiny_model.text.tokenizer.get_vocab_size())
+    for text, takes in (('{"name": "count", "arguments": {}}', True), ("{}", False)):
+        matcher = llguidance.LLMatcher(tokenizer, grammar.source)
+        tokens = tokenizer.tokenize_str(f"<tool_call>\n{text}\n</tool_call>")
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == takes

@@ -443,7 +443,7 @@ def allows(tools: list[dict[str, Any]], call: dict[str, Any], codec: TextCodec) 
     grammar = forced_call(checked_tools(tools), "required", codec)
     assert grammar is not None
     constraint, logits = Constraint(grammar, guidance_tokenizer(codec, 384)), np.zeros(384)
-    text = f"<tool_call>\n{json.dumps(call, separators=(',', ':'))}\n</tool_call>"
+    text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
     for token in codec.encode(text, add_special_tokens=False).tolist():
         if np.isinf(constraint.masked(logits)[token]):
             return False

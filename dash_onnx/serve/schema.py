@@ -219,20 +219,16 @@ class ChatRequest(GenerationRequest):
         )
 
     def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
-        """Makes a requested call the grammar of the answer, or allows one beside its format.
+        """Makes a required call the grammar of the answer, or allows one beside its format.
 
         Args:
             options: options of the request.
             codec: codec of the model.
 
         Raises:
-            PolicyError: the answer already has a response format, or there is no such tool.
+            PolicyError: there is no such tool, or the format is not JSON.
         """
         call = forced_call(self.offered, self.tool_choice, codec)
-        if call is not None and options.grammar is not None:
-            raise PolicyError(
-                "a request can have a forced tool call or a response_format, not both"
-            )
         if call is None and self.offered and options.grammar is not None:
             if (schema := self.response_format.schema_of_answer()) is None:
                 raise PolicyError("tools go with a response_format of JSON, no other grammar")

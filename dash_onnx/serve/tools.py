@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from dash_onnx.core.conversation import checked_messages, rendered
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.grammar import TIGHT, Grammar, as_object
+from dash_onnx.runtime.grammar import Grammar, closed_schema, with_options
 from dash_onnx.serve.calls import FORMS, HERMES, CallReader, Form
 
 _IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
@@ -182,21 +182,17 @@ def call_or_answer(tools: list[dict[str, Any]], schema: Any, codec: TextCodec) -
     Raises:
         PolicyError: a schema is not valid.
     """
-    # Lenient: without a format, a model may call a tool whatever its schema says.
-    start, rules = _call_rules([tool["function"] for tool in tools], codec, lenient=True)
-    answer = {**as_object(schema), "x-guidance": TIGHT}
-    return Grammar.lark(f"start: {start} | answer\n{rules}answer: %json {json.dumps(answer)}\n")
+    start, rules = _call_rules([tool["function"] for tool in tools], codec)
+    answer = json.dumps(with_options(schema))
+    return Grammar.lark(f"start: {start} | answer\n{rules}answer: %json {answer}\n")
 
 
-def _call_rules(
-    functions: list[dict[str, Any]], codec: TextCodec, *, lenient: bool = False
-) -> tuple[str, str]:
+def _call_rules(functions: list[dict[str, Any]], codec: TextCodec) -> tuple[str, str]:
     """How a call to one of some functions begins and ends, in Lark, and the rules for it.
 
     Args:
         functions: their names and parameters.
         codec: see `forced_call`.
-        lenient: whether to leave out of schemas what the grammar cannot keep.
     """
     calls = [
         {
@@ -215,7 +211,6 @@ def _call_rules(
     schema: dict[str, Any] = {"anyOf": calls}
     if form.listed:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-    schema["x-guidance"] = {**TIGHT, "lenient": lenient}
     first, last = (
         json.dumps(tag) if token(tag) is None else f"<[{token(tag)}]>"
         for tag in (form.open, form.close)
@@ -224,14 +219,15 @@ def _call_rules(
         last = "" if token(form.close) is None else last
     else:
         first, last = f'{first} "\\n"', f'"\\n" {last}'
-    return f"{first} call {last}", f"call: %json {json.dumps(schema)}\n"
+    return f"{first} call {last}", f"call: %json {json.dumps(with_options(schema))}\n"
 
 
 def _document(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """The schema of arguments as a document of its own, to which its `$ref` are relative."""
     # In older drafts, a `$ref` hides the `$id` next to it.
     draft = "https://json-schema.org/draft/2020-12/schema"
-    return {**(parameters or {"type": "object"}), "$schema": draft, "$id": name}
+    schema = closed_schema(parameters or {"type": "object", "properties": {}})
+    return {**schema, "$schema": draft, "$id": name}
 
 
 def _form(template: str | None) -> Form:
