@@ -27,6 +27,7 @@ PROBE_S = 0.5
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
+_ROUNDING = 1.5  # time of a pass whose products round their inputs
 _FIT = 6e-8  # seconds to fit the scorer, per input feature, token and epoch
 
 
@@ -132,9 +133,9 @@ def training_phases(
         ("scorer", _FIT * EPOCHS * trained * facts.hidden_size, 0.0),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # the same, and backward twice
         ("costs", 12.0, 1000 * _parameters(facts)),
-        ("policy table", 0.0, ROWS * layers),
+        ("policy table", 0.0, _ROUNDING * ROWS * layers),
         ("static search", 0.0, plan.candidates * search),
-        ("static table", 0.0, paths * layers),
+        ("static table", 0.0, _ROUNDING * paths * layers),
         ("table losses", 0.0, (ROWS + paths) * heads),
     ]
     expected = [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]

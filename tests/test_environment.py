@@ -15,6 +15,7 @@ from conftest import LLAMA3_ROPE, layer_inputs, logits_of, save_biased, save_tin
 import dash_onnx
 from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.facts import INT8_INPUTS
 from dash_onnx.core.policy import Policy
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.exporters.train.environment import Decide, Environment
@@ -143,6 +144,32 @@ def test_random_paths_give_the_logits_of_the_runtime(case: Case, dense: bool) ->
         wanted = runtime_logits(case, tokens, paths)
         assert wanted.std() > 0.1  # layers matter
         np.testing.assert_allclose(row, wanted, atol=1e-3)
+
+
+def test_inputs_are_rounded_as_in_the_graphs(tiny_with: Callable[..., Path]) -> None:
+    """With them, what is left are other orders of sums, and what they carry over a border."""
+    case, errors = case_of(tiny_with(accuracy_level=INT8_INPUTS)), []
+    ids = random_ids(4)
+    choice = random_choice(case, ids)
+    for case.env.model.rounds_inputs in (False, True):
+        with torch.no_grad():
+            final = case.env.run(ids, recorded(one_hot(choice, case))).final
+            ours = case.env.model.logits(final)[:, PROMPT:].numpy()
+        rows = zip(ours, ids, choice, strict=True)
+        errors.append(
+            np.mean([np.abs(a - runtime_logits(case, *rest)).mean() for a, *rest in rows])
+        )
+    before, after = errors
+    assert after < before / 5
+
+
+def test_rounded_inputs_leave_gradients_as_they_are(tiny_with: Callable[..., Path]) -> None:
+    model, found = case_of(tiny_with(accuracy_level=INT8_INPUTS)).env.model, []
+    for model.rounds_inputs in (False, True):
+        final = torch.linspace(-1, 1, 64).requires_grad_()
+        model.logits(final, "int8").sum().backward()  # linear in its input
+        found.append(final.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("action", range(len(ALL)), ids=ALL)

@@ -168,7 +168,7 @@ def test_a_policy_is_shown_with_its_text_and_margin(
     assert TOOL.run(folder) == 0
     shown = capsys.readouterr().out
     assert f"training on {told.training.tokens} tokens ({told.training.source})" in shown
-    assert "about 1.5 times as high on other text" in shown
+    assert "up to 1.5 times as high on other text" in shown
 
 
 def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:

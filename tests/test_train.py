@@ -641,14 +641,16 @@ def test_training_again_on_text_of_ones_own_replaces_the_scorer(
     options = dataclasses.replace(OPTIONS, calibration=(night, chats))
     new = train(again, options, profile=fixed_costs).scorer
     assert new is not None and new.training.source == "night.txt, chats.jsonl"
-    assert new.margin == 1.0  # the presets hold for text like this
+    assert Bundle(again).manifest.calibration.source == "night.txt"
+    assert new.margin == OTHER_TEXT  # INT4 was fitted to a part of this text
     assert new.file != old.file
     assert [path.name for path in again.glob("scorer-*")] == [new.file]
     files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     assert files == {"dash.json", CARD_NAME, *Bundle(again).manifest.files}  # and no report is left
-    seen = train(again, dataclasses.replace(OPTIONS, calibration=(night,)), profile=fixed_costs)
-    assert seen.scorer is not None and seen.calibration.source == "night.txt"
-    assert seen.scorer.margin == OTHER_TEXT  # INT4 was fitted to this text
+    chats.write_text((json.dumps(record) + "\n") * 150)
+    other = train(again, dataclasses.replace(OPTIONS, calibration=(chats,)), profile=fixed_costs)
+    assert other.scorer is not None
+    assert other.scorer.margin == 1.0  # the presets hold for text like this
 
 
 @pytest.mark.parametrize(

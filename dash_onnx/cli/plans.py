@@ -30,7 +30,7 @@ def plans_table(manifest: Manifest) -> list[str]:
         for plan, names in plans
         if plan not in worse[:-1]
     ]
-    other = f"; about {margin:g} times as high on other text" if margin > 1 else ""
+    other = f"; up to {margin:g} times as high on other text" if margin > 1 else ""
     spared = f", divided by {margin:g} for other text" if margin > 1 else ""
     promised = ", ".join(f"{name} {limit:g}" for name, limit in PRESETS.items())
     best = manifest.variants[0]

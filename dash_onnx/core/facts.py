@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from dash_onnx.core.actions import PRECISIONS, Action, ActionPath, Form, segments_of
+from dash_onnx.core.actions import PRECISIONS, Action, ActionPath, Form, groups_of
 from dash_onnx.core.block import Attention, AttentionForms
 from dash_onnx.core.statistics import linear
 
@@ -74,6 +74,10 @@ class Rope:
     attention_scaling: float
 
 
+INT8_INPUTS = 4
+"""`accuracy_level` of products that round their input to INT8, with a scale for each block."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What the graphs were built for.
@@ -82,7 +86,7 @@ class Target:
         device: ORT device the operators were chosen for.
         dtype: element type of activations and logits.
         block_size: weights that share one quantization scale.
-        accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
+        accuracy_level: MatMulNBits' accuracy_level (`INT8_INPUTS`; 0: unset).
         kv_cache: element type of the KV cache.
         attention: which attention implementations the layers have.
         ragged: whether they run several tokens per sequence, and different numbers of them.
@@ -262,7 +266,7 @@ class Costs:
     ) -> float:
         """The same for a token on a path; without `graphs`, as if every token took this path."""
         layers_ms = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
-        return self.mixed_ms(layers_ms, head, scored, graphs or len(segments_of(path)))
+        return self.mixed_ms(layers_ms, head, scored, graphs or len(groups_of(path)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from typing import Any
 
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle, list_files
-from dash_onnx.core.facts import Calibration, Costs, ExportFacts, LayerFacts, Target
+from dash_onnx.core.facts import (
+    INT8_INPUTS,
+    Calibration,
+    Costs,
+    ExportFacts,
+    LayerFacts,
+    Target,
+)
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.version import FORMAT_VERSION
@@ -57,7 +64,7 @@ def write_draft(
     """
     target = replace(target, kv_cache="float", attention="grouped")  # no scales, no costs yet
     if not has_device(target.device) or target.device == "cpu":
-        target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
+        target = Target("cpu", "float32", target.block_size, INT8_INPUTS)  # the fastest
     table = architecture.embedding(source.weights, spec)
     build_embed(folder, table, spec, target, architecture.per_layer(source.weights, spec), True)
     count = spec.facts.num_layers

@@ -9,7 +9,7 @@ from typing import Literal
 from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
 from dash_onnx.core.block import AttentionForms
 from dash_onnx.core.errors import UnsupportedError
-from dash_onnx.core.facts import KVCacheType, ModelFacts, Target
+from dash_onnx.core.facts import INT8_INPUTS, KVCacheType, ModelFacts, Target
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
@@ -122,7 +122,7 @@ class ExportOptions:
                 f"compensation_rank {rank} must be 0 or a multiple of block_size {block}"
             )
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
-        fast = 4 if self.device == "cpu" else 0
+        fast = INT8_INPUTS if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
         # Experts have no wide form: each of them sees only a few of the rows.
         wide = self.wide and experts is None

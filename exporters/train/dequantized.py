@@ -6,6 +6,7 @@ is trained on exactly the layers that it will choose between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -22,14 +23,13 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.device import kept_bytes
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, rescores
 from dash_onnx.exporters.train.attention import attention, by_head, rotated
 from dash_onnx.exporters.train.embedding import Beside, Embedding
 from dash_onnx.exporters.train.experts import experts_of
 from dash_onnx.exporters.train.recurrent import kept_of, mixed
-from dash_onnx.exporters.train.stored import norm_of, projections_of
+from dash_onnx.exporters.train.stored import StoredLinear, norm_of, projections_of
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
@@ -40,7 +40,7 @@ F = torch.nn.functional
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
 
-Projections: TypeAlias = dict[str, Linear]
+Projections: TypeAlias = dict[str, StoredLinear]
 """The linear layers of a decoder layer under one action, by name."""
 
 _NORMS = (
@@ -80,7 +80,11 @@ class DequantizedModel:
         chunk: number of tokens whose logits should exist at once.
         keeps_layers: whether all layers stay dequantized; for larger models only the one that runs
             does.
+        rounds_inputs: whether quantized products round their input to INT8, as `MatMulNBits` does
+            at accuracy level 4. Off while training, for the time that it takes.
     """
+
+    rounds_inputs = False
 
     def __init__(self, bundle: Bundle, actions: tuple[Action, ...], dtype: torch.dtype):
         """Reads the norms; everything else is dequantized when it is needed.
@@ -122,7 +126,7 @@ class DequantizedModel:
         # INT8 replaces `full` here as in the layers.
         exported = self.manifest.exported_heads
         self.heads = tuple(a for a in exported if a != "full" or "int8" not in exported)
-        self._lm_heads: dict[Action, Linear] = {}
+        self._lm_heads: dict[Action, StoredLinear] = {}
         norm = self._tensors(head_path(self.heads[0]), ("final_norm",))
         self._final_norm = norm_of(norm, "final_norm")
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
@@ -170,7 +174,7 @@ class DequantizedModel:
 
     def _project(self, layer: int, action: Action, name: str, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]`; in lower precision under autocast."""
-        return _product(x, self._layer(layer, action)[name])
+        return self._product(x, self._layer(layer, action)[name])
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated.
@@ -330,7 +334,7 @@ class DequantizedModel:
         """Input of the LM head, `[..., D]`."""
         return self._final_norm(x, self._block)
 
-    def lm_head(self, precision: Action) -> Linear:
+    def lm_head(self, precision: Action) -> StoredLinear:
         """The LM head of a precision, `[V, D]`."""
         if precision not in self._lm_heads:
             found = self._tensors(head_path(precision), ("lm_head",))
@@ -349,7 +353,7 @@ class DequantizedModel:
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from the result of `final`; by default from the head of mixed paths."""
         head = head or self.head
-        logits = _product(final, self.lm_head(head))
+        logits = self._product(final, self.lm_head(head))
         if (count := self._exact_tokens.get(head)) is not None:
             _, tokens = logits.topk(min(count, logits.shape[-1]))
             rows = self.lm_head("int8").weight[tokens]  # [..., tokens, D]
@@ -363,6 +367,17 @@ class DequantizedModel:
         cap = self._block.logit_softcap
         return 1.0 if cap is None else cap - logits.square() / cap
 
+    def _product(self, x: Tensor, linear: StoredLinear) -> Tensor:
+        if self.rounds_inputs and linear.block_size:
+            rounded = _rounded(x.detach(), linear.block_size)
+            x = x + (rounded - x).detach() if x.requires_grad else rounded  # gradients as without
+        return F.linear(x, linear.weight, linear.bias)
 
-def _product(x: Tensor, linear: Linear) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+
+def _rounded(x: Tensor, block_size: int) -> Tensor:
+    """`[..., K]` rounded to INT8, with one scale for each block of a row."""
+    missing = -x.shape[-1] % block_size
+    padded = F.pad(x.float(), (0, missing)) if missing else x.float()
+    blocks = padded.unflatten(-1, (-1, block_size))
+    scales = torch.linalg.vector_norm(blocks, math.inf, -1, keepdim=True).clamp_min(1e-30) / 127
+    return (blocks / scales).round_().mul_(scales).flatten(-2)[..., : x.shape[-1]]

@@ -15,7 +15,7 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import OTHER_TEXT, presets, reference_ms
 from dash_onnx.core.bundle import Bundle, file_facts
 from dash_onnx.core.contract import data_name, layer_path
-from dash_onnx.core.facts import Costs, FileFacts, ScorerFacts, Training
+from dash_onnx.core.facts import INT8_INPUTS, Costs, FileFacts, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.exporters.calibration.texts import names_of
@@ -56,10 +56,13 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     manifest = replace(manifest, files=files, scorer=facts)
     manifest = replace(manifest, costs=profile(Bundle(folder, manifest), device))
     release_memory()
+    trainer.model.rounds_inputs = manifest.target.accuracy_level == INT8_INPUTS
     with trainer.autocast():
         table, static = tables(trainer, scorer, manifest, rounding)
     # INT4 is fitted to the text that it was calibrated on, and loses more on any other.
-    seen = names_of(trainer.options.texts) in ("", manifest.calibration.source)
+    texts, calibrated = trainer.options.texts, manifest.calibration.source.split(", ")
+    known = {*calibrated, *(name.rpartition("@")[0] for name in calibrated)}  # without weights
+    seen = not texts or any(text.content.name in known for text in texts)
     margin = OTHER_TEXT if seen else 1.0
     facts = replace(
         facts,

@@ -1,6 +1,7 @@
 """Layers without attention, in torch: what each token contributes, and how tokens are mixed.
 
-Shapes: B sequences, T tokens each, D hidden size, H value heads. Tensors are float32.
+Shapes: B sequences, T tokens each, D hidden size, H value heads. Tensors are float32; what linear
+layers return has a lower precision under autocast.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def kept_of(projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tenso
 
 
 def mixed(own: Tensor, kept: Tensor, vectors: Mapping[str, Tensor], sizes: Recurrence) -> Tensor:
-    """Input of the output projection, `[B, T, D]`; for a Gated DeltaNet before norm and gate."""
+    """Input of the output projection, `[B, T, D]`.
+
+    For a Gated DeltaNet with H heads of d values: `[B, T, H * d]`, before norm and gate.
+    """
     weight, bias = vectors["conv"], vectors.get("conv.bias")
     if not sizes.value_heads:
         return own * convolved(kept, weight, bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,6 +12,17 @@ from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.graphs.graph import BITS, OFFSETS, weight_precision
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
+
+
+@dataclass(frozen=True)
+class StoredLinear(Linear):
+    """A linear layer as a graph holds it.
+
+    Attributes:
+        block_size: inputs that share a scale of the quantized weight; 0 if it is not quantized.
+    """
+
+    block_size: int = 0
 
 
 def norm_of(found: dict[str, np.ndarray], name: str) -> Norm:
@@ -24,12 +37,12 @@ def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> torch.
 
 def projections_of(
     found: dict[str, np.ndarray], target: Target, dtype: torch.dtype, action: Action
-) -> dict[str, Linear]:
+) -> dict[str, StoredLinear]:
     """The linear layers of an action's graph."""
     block_size = target.block_size
     projections = {}
     for key, array in found.items():
-        name, _, part = key.rpartition(".")
+        (name, _, part), size = key.rpartition("."), 0
         if part == "weight":
             parts = [array]
             while (more := found.get(f"{key}.{len(parts)}")) is not None:
@@ -41,16 +54,17 @@ def projections_of(
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
             bits = BITS.get(weight_precision(action, name, target.ternary))  # a skip has none
-            weight = _dequantized(
+            weight, size = _dequantized(
                 found, name, block_size, torch.float32 if shifted else dtype, bits
             )
             if shifted:
-                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
+                offsets, _ = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
                 offsets = offsets[:, : weight.shape[1] // block_size]
                 weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
             continue
-        projections[name] = Linear(name, weight.to(dtype), _bias(found, name, dtype))
+        bias = _bias(found, name, dtype)
+        projections[name] = StoredLinear(name, weight.to(dtype), bias, block_size=size)
     return projections
 
 
@@ -60,8 +74,8 @@ def _dequantized(
     block_size: int,
     dtype: torch.dtype,
     bits: Bits | None = None,
-) -> torch.Tensor:
-    """A quantized weight `[N, K]`; experts stacked, `[E * N, K]`."""
+) -> tuple[torch.Tensor, int]:
+    """A quantized weight `[N, K]`; experts stacked, `[E * N, K]`; and its block size."""
     scales = found[f"{name}.scales"].astype(np.float32)
     scales = scales.reshape(-1, scales.shape[-1])  # [N, blocks]
     values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
@@ -71,4 +85,5 @@ def _dequantized(
     zero_points = found.get(f"{name}.zero_points")
     if zero_points is not None:
         zero_points = zero_points.reshape(len(scales), -1)
-    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)
+    weight = Quantized(values, scales, zero_points, shape, bits, block_size)
+    return dequantize(weight, dtype), block_size

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import decided_segments, reference_ms
+from dash_onnx.core.budget import decided_groups, reference_ms
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Loop
@@ -60,7 +60,7 @@ def tables(
     assignments = _static_paths(trainer)
     for indices in Loop("static table", assignments):
         finals.append(env.run_path(ids, indices).to(trainer.dtype))
-    reference = env.reference(ids)
+    reference = env.reference(ids).to(trainer.dtype)  # rounded like the others
     losses = env.mean_kl(reference, finals, heads, "table losses")
     runs = zip(multipliers, counts, fixed, losses, strict=False)
     points = [point for run in runs for point in _points(scorer, manifest, rounding, heads, *run)]
@@ -129,7 +129,7 @@ def _points(
     """Rows of the policy for one multiplier, one per LM head."""
     costs, full_ms = manifest.costs, reference_ms(manifest)
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
-    graphs = len(decided_segments(fixed, scorer.scorer.decision_points))
+    graphs = len(decided_groups(fixed, scorer.scorer.decision_points))
     shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
     lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
     for head, loss in zip(heads, losses, strict=True):
