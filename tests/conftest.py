@@ -143,15 +143,15 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: object) -> Path:
     return folder
 
 
-def save_biased(folder: Path) -> Path:
-    """Like `save_tiny`, with a bias in every linear layer."""
-    save_tiny(folder, attention_bias=True, mlp_bias=True)
+def save_biased(folder: Path, size: float = 0.2, **overrides: object) -> Path:
+    """Like `save_tiny`, with a bias in every linear layer, of some standard deviation."""
+    save_tiny(folder, attention_bias=True, mlp_bias=True, **overrides)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(7)
     changed = [p for name, p in model.named_parameters() if name.endswith(".bias")]
     assert len(changed) == 4 * 7
     for bias in changed:  # transformers initializes them to zero
-        bias.data = torch.randn_like(bias).mul(0.2).half().float()
+        bias.data = torch.randn_like(bias).mul(size).half().float()
     model.save_pretrained(folder)
     return folder
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import save_biased
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -160,6 +161,21 @@ def test_a_quantized_cache_holds_the_nearest_levels(
         nearest = np.round(wanted.array[0, :, : len(ids)] / scale).clip(-top - 1, top)
         assert np.abs(levels - nearest).max() <= 1  # other kernels, a hair from the border
         assert (levels == nearest).mean() > 0.98
+
+
+def test_a_quantized_cache_holds_keys_at_every_position(
+    export_tiny: Callable[..., Path], night: Path, tmp_path: Path
+) -> None:
+    """RoPE turns what is large in one dimension of a pair into the other, slowly in some pairs."""
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    more = {"rope_parameters": rope, "max_position_embeddings": 4096}
+    source = save_biased(tmp_path / "source", 3.0, **more)
+    folder = export_tiny(source, calibration=(night,), kv_cache="int8", variants=("int8",))
+    graph = onnx.load(folder / "layers/00/int8.onnx").graph
+    (scale,) = (numpy_helper.to_array(one) for one in graph.initializer if one.name == "k_scale")
+    first, second = np.split(scale.astype(np.float64), 2, -1)
+    apart = np.abs(np.log2(first / second)).max()
+    assert apart < 0.5
 
 
 def test_a_quantized_cache_costs_little(tiny_with: Callable[..., Path], night: Path) -> None:

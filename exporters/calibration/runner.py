@@ -24,6 +24,7 @@ _RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: (1.0, 0.9, 0.8, 0.7, 0.6,
 """Candidate ranges as multiples of the largest K or V value of a channel, by bits: INT8 leaves
 headroom for other text."""
 
+_GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, spread evenly, and share no period with RoPE
 _GRAM_PARTS = 6  # parts of the columns of x^T x: only 21 of 6 x 6 blocks are computed
 
 
@@ -160,6 +161,10 @@ class Runner:
     ) -> KVScales:
         """Scales of a quantized K/V cache with the least squared error.
 
+        The sequences stand at places spread over the context: there, slowly rotating dimensions
+        have values that they do not reach within the length of a sequence. Attention is the same
+        at all places, because it depends on distances.
+
         Args:
             index: layer index.
             path: its graph in full precision, whose cache is not quantized.
@@ -168,7 +173,9 @@ class Runner:
         """
         session = create_session(path, self.device)
         feeds = self._feeds_of(session, index)
-        runs = [session.run(_KV, feeds(row, x)) for row, x in enumerate(hidden)]
+        room = max(self.spec.facts.max_length - hidden.shape[1], 0)
+        starts = [int(row * _GOLDEN_RATIO % 1 * room) for row in range(len(hidden))]
+        runs = [session.run(_KV, feeds(row, x, starts[row])) for row, x in enumerate(hidden)]
         keys, values = (np.concatenate(found, -2)[0] for found in zip(*runs, strict=True))
         return _least_error_scales(keys, bits), _least_error_scales(values, bits)
 
@@ -193,8 +200,11 @@ class Runner:
 
     def _feeds_of(
         self, session: Any, index: int, beside: Path | None = None
-    ) -> Callable[[int, HiddenStates], dict[str, np.ndarray]]:
-        """Maps the index of a sequence and its hidden states to all inputs of a layer's graph.
+    ) -> Callable[..., dict[str, np.ndarray]]:
+        """Maps a sequence to all inputs of a layer's graph.
+
+        The result takes the index of the sequence, its hidden states, and where its first token
+        stands.
 
         Args:
             session: session of the graph.
@@ -208,8 +218,8 @@ class Runner:
             assert self._tokens is not None
             embed = create_session(self._tokens[0], self.device)
 
-        def feeds(row: int, x: HiddenStates) -> dict[str, np.ndarray]:
-            found = self._feeds(session, index, x)
+        def feeds(row: int, x: HiddenStates, start: int = 0) -> dict[str, np.ndarray]:
+            found = self._feeds(session, index, x, start)
             if embed is not None and self._tokens is not None:
                 ids = self._tokens[1]
                 ids = ids[row % len(ids)][None]
@@ -222,7 +232,9 @@ class Runner:
 
         return feeds
 
-    def _feeds(self, session: Any, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
+    def _feeds(
+        self, session: Any, index: int, x: HiddenStates, start: int
+    ) -> dict[str, np.ndarray]:
         ports = {port.name: port for port in session.get_inputs()}
         if not self.spec.attends(index):
             shapes = {name: port.shape[1:] for name, port in ports.items() if name != HIDDEN}
@@ -230,7 +242,7 @@ class Runner:
             return {HIDDEN: x[None], **states}
         length = x.shape[0]
         rope = self.spec.ropes[self.spec.attention[index].rope or 0]
-        cos, sin = rotary_tables(rope, length, x.dtype.name)
+        cos, sin = rotary_tables(rope, length, x.dtype.name, start)
         cache = np.zeros(0)
         if (past := ports.get("past_key")) is not None:
             stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
