@@ -102,7 +102,7 @@ def curve(manifest: Manifest) -> Curve:
 
 
 def verdict(manifest: Manifest) -> str:
-    """What each preset runs, and what per-token decisions gain or lose compared to one path."""
+    """What each preset runs, a line each, and what deciding per token gains over one path."""
     told = []
     for name, plan in preset_plans(manifest).items():
         decided, fixed = alternatives(plan.kl, manifest)
@@ -116,4 +116,4 @@ def verdict(manifest: Manifest) -> str:
                 else ""
             )
             told.append(f"{name} runs {plan.text} for all tokens{lost}")
-    return ". ".join(told).capitalize() + "."
+    return "\n".join(told)
