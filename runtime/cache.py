@@ -21,7 +21,7 @@ class Cache:
 
     def __init__(self, sessions: Sessions):
         """Starts empty."""
-        self._slot = Slot(0, SequenceState(sessions), quality=None)
+        self._slot = Slot(0, SequenceState(sessions), cache_key=None)
         self._busy = threading.Lock()
 
     def __len__(self) -> int:

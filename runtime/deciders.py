@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone, segments_of
+from dash_onnx.core.actions import SKIP, Action, ActionPath, LayerGroup, each_alone, groups_of
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.controller import Controller
 from dash_onnx.core.policy import Policy, ScoredPolicy
@@ -28,24 +28,24 @@ class Decider:
 
     Attributes:
         head: precision of the LM head.
-        segments: the layers, in runs that always share an action, whichever it is.
+        groups: the layers, in runs that always share an action, whichever it is.
     """
 
     head: Action
-    segments: tuple[Segment, ...]
+    groups: tuple[LayerGroup, ...]
 
     def begin(self) -> None:
         """Before the first layer of a pass."""
 
     def before(self, layer: int) -> None:
-        """Before the segment that begins with a layer runs, once its input has been queued."""
+        """Before the group that begins with a layer runs, once its input has been queued."""
 
     def action(self, layer: int) -> Action:
-        """What the segment that begins with a layer does."""
+        """What the group that begins with a layer does."""
         raise NotImplementedError
 
     def after(self, layer: int) -> None:
-        """Once that segment has been started."""
+        """Once that group has been started."""
 
     def end(self) -> ActionPath:
         """After the last layer; returns the path that was taken."""
@@ -58,15 +58,15 @@ class Decider:
 class FixedPath(Decider):
     """The same path in every pass."""
 
-    def __init__(self, path: ActionPath, head: Action, segments: tuple[Segment, ...] = ()):
+    def __init__(self, path: ActionPath, head: Action, groups: tuple[LayerGroup, ...] = ()):
         """Takes the action of each layer, and the precision of the LM head.
 
         Args:
             path: action of each layer.
             head: precision of the LM head.
-            segments: the layers that run as one graph; empty takes the longest runs.
+            groups: the layers that run as one graph; empty takes the longest runs.
         """
-        self.path, self.head, self.segments = path, head, segments or segments_of(path)
+        self.path, self.head, self.groups = path, head, groups or groups_of(path)
 
     def action(self, layer: int) -> Action:
         """See `Decider`."""
@@ -83,7 +83,7 @@ class PathSequence(FixedPath):
     def __init__(self, paths: Iterator[ActionPath], layers: int, head: Action):
         """Takes an endless series of paths, their length, and the precision of the LM head."""
         super().__init__((), head)
-        self._paths, self.segments = paths, each_alone(layers)
+        self._paths, self.groups = paths, each_alone(layers)
 
     def begin(self) -> None:
         """See `Decider`; a pass that failed is repeated on its path."""
@@ -113,7 +113,7 @@ class ScoredDecider(Decider):
         multiplier: float,
         controller: Controller | None = None,
         used: Sequence[AbstractSet[Action]] = (),
-        segments: tuple[Segment, ...] = (),
+        groups: tuple[LayerGroup, ...] = (),
     ):
         """Binds nothing yet: the first pass does, while it holds the device's lock.
 
@@ -123,7 +123,7 @@ class ScoredDecider(Decider):
             multiplier: nats per `Costs.unit_ms`.
             controller: moves the multiplier from token to token; None leaves it as it is.
             used: by layer, the actions that it may take, whatever the multiplier; empty: all.
-            segments: runs of layers that always share an action; empty: each layer is alone.
+            groups: runs of layers that always share an action; empty: each layer is alone.
 
         Raises:
             PolicyError: the bundle has no scorer.
@@ -132,7 +132,7 @@ class ScoredDecider(Decider):
         facts = scorer_facts(manifest)
         self.head, self.actions = head, facts.actions
         self._sequence, self._controller, self._given = sequence, controller, multiplier
-        self.segments = segments or each_alone(sequence.num_layers)
+        self.groups = groups or each_alone(sequence.num_layers)
         self._segments = facts.segments(sequence.num_layers)
         # By layer, the number of the decision point after it: the scorer reads this layer's input.
         self._points: list[int | None] = [None] * sequence.num_layers
@@ -232,7 +232,7 @@ def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
             policy.multiplier,
             policy.controller(),
             used,
-            policy.segments(sequence.num_layers),
+            policy.groups(sequence.num_layers),
         )
     if policy.uniform is not None:
         return FixedPath(policy.uniform, policy.head)

@@ -34,6 +34,7 @@ _MARGIN = 1.03  # tokens per plain pass from which drafting pays
 _COUNTED = 256  # outcomes of a kind that count; later ones count for more
 _PRIOR = 8  # outcomes that a prior belief is worth
 _BELIEVED = {"text": 0.15, "expected": 0.35, "grammar": 0.65}
+_MOST_BELIEVED = 0.98
 _MIN_PROBABILITY = 0.02  # probability of a chain below which it ends
 _EXTRA = 0.25  # cost of one more row in a pass, where nothing was profiled
 _CONTEXT = 256  # tokens of context that one cost holds for
@@ -170,7 +171,7 @@ def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
 
 def _believed(kind: _Kind) -> float:
     source, step, agrees, _ = kind
-    return _BELIEVED[source] + 0.09 * step + 0.15 * agrees
+    return min(_BELIEVED[source] + 0.09 * step + 0.15 * agrees, _MOST_BELIEVED)
 
 
 class DraftStats:

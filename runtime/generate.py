@@ -61,7 +61,7 @@ class CurrentPolicy:
 
 def same_choices(a: Policy, b: Policy) -> bool:
     """Whether two policies choose alike, such as those of a budget that was set again."""
-    return (a.quality, a.head) == (b.quality, b.head)
+    return (a.cache_key, a.head) == (b.cache_key, b.head)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,8 +86,10 @@ class Request(Generic[Piece]):
             thread that runs the scheduler.
         cancelled: may be set by any thread: the generation ends before its next token.
         first: the policy that it began with.
-        quality: how its prompt runs, and its answer, which may be a part of the next prompt. If two
-            are equal, one may use the other's K/V.
+        cache_key: how its prompt runs, and its answer, which may be a part of the next prompt. If
+            two are equal, one may use the other's K/V.
+        reused: tokens of the prompt that did not run, because a slot or a store held their K/V; set
+            when it begins.
     """
 
     ids: Ids
@@ -108,10 +110,11 @@ class Request(Generic[Piece]):
     def __post_init__(self) -> None:
         path, head, widened, _ = self.plan
         self.first = self.current.policy
-        later = "" if self.first.uniform == path else self.first.quality
+        later = "" if self.first.uniform == path else self.first.cache_key
         wide = "".join(sorted({LETTERS[action] for action in path if action in widened}))
         parts = path_letters(path), head, wide and f"wide:{wide}", later
-        self.quality = " ".join(filter(None, parts))
+        self.cache_key = " ".join(filter(None, parts))
+        self.reused = 0
 
 
 class Step(NamedTuple):
@@ -329,7 +332,7 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = No
     """
     manifest = sessions.manifest
     layers = manifest.model.num_layers
-    segments = policy.segments(layers)
+    groups = policy.groups(layers)
     if precision == "wide" and not sessions.widened:
         raise PolicyError("this bundle has no wide form, or memory='low' leaves it out")
     if precision is None or precision == "wide":
@@ -341,14 +344,14 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = No
             widened = frozenset(manifest.variants)
         else:
             widened = sessions.widened and widened_in_prompts(manifest, policy)
-        return PromptPlan(path, policy.head, widened, segments)
+        return PromptPlan(path, policy.head, widened, groups)
     if precision not in manifest.variants:
         raise PolicyError(
             f"prefill precision {precision!r} is not in this bundle; "
             f"it has {', '.join(manifest.variants)}{', and wide' if sessions.widened else ''}"
         )
     path, head = (precision,) * layers, manifest.heads[precision]
-    return PromptPlan(path, head, frozenset(), segments)
+    return PromptPlan(path, head, frozenset(), groups)
 
 
 def forced_plan(sessions: Sessions, policy: Policy, precision: Form | None = None) -> PromptPlan:
@@ -361,5 +364,5 @@ def forced_plan(sessions: Sessions, policy: Policy, precision: Form | None = Non
     """
     if policy.uniform is None:
         return prefill_plan(sessions, policy, precision)
-    segments = policy.segments(sessions.manifest.model.num_layers)
-    return PromptPlan(policy.uniform, policy.head, sessions.widened, segments)
+    groups = policy.groups(sessions.manifest.model.num_layers)
+    return PromptPlan(policy.uniform, policy.head, sessions.widened, groups)

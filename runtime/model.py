@@ -121,7 +121,7 @@ class Model:
     def close(self) -> None:
         """Frees every graph and its weights.
 
-        Later generations raise `BundleError`, and so do running ones. A model is also a context
+        Later generations raise `DashError`, and so do running ones. A model is also a context
         manager that closes itself.
         """
         self._sessions.close()

@@ -55,22 +55,22 @@ class Saved:
         tokens: ids `[S]`.
         arrays: by name, keys and values `[H_kv, S, d]` of each layer.
         places: states of layers without K/V, by tokens that they have seen; see `States.saved`.
-        quality: quality of the requests that it serves, see `Request.quality`; a conversation's is
+        cache_key: that of the requests that it serves, see `Request.cache_key`; a conversation's is
             empty.
     """
 
     tokens: Ids
     arrays: dict[str, npt.NDArray[Any]]
-    quality: str = ""
+    cache_key: str = ""
     places: dict[int, Arrays] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, state: SequenceState, tokens: Sequence[int], quality: str = "") -> Saved:
+    def of(cls, state: SequenceState, tokens: Sequence[int], cache_key: str = "") -> Saved:
         """Copies what a sequence holds of its tokens."""
         length = state.kv.place(min(len(tokens), state.length))
         arrays = {name: buffer.array[0, :, :length].copy() for name, buffer in _buffers(state)}
         ids = np.array(tokens[:length], np.int64)
-        return cls(ids, arrays, quality, _places(state, length))
+        return cls(ids, arrays, cache_key, _places(state, length))
 
     def restore(self, state: SequenceState, length: int) -> None:
         """Writes the first tokens into an empty sequence, as many as `place` returned."""
@@ -101,7 +101,7 @@ class Saved:
             BundleError: there is no such folder, or no file can be written there.
         """
         library = _safetensors()
-        told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
+        told = {**(facts or {}), "bundle": identity_of(manifest), "cache_key": self.cache_key}
         with new_file(path) as temporary:
             arrays = {**self.arrays, "tokens": self.tokens}
             for place, states in self.places.items():
@@ -147,7 +147,7 @@ class Saved:
         )
         if not fits:
             raise SourceError(f"{path} does not hold the KV cache of its bundle")
-        return cls(tokens, arrays, facts.get("quality", ""), places), facts
+        return cls(tokens, arrays, facts.get("cache_key", ""), places), facts
 
 
 def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
@@ -192,16 +192,16 @@ class PrefixStore:
         """Texts that it holds."""
         return len(self._entries)
 
-    def put(self, state: SequenceState, tokens: Sequence[int], quality: str) -> None:
+    def put(self, state: SequenceState, tokens: Sequence[int], cache_key: str) -> None:
         """Keeps what a sequence holds, unless it is short or held already."""
         ids = np.array(tokens[: state.length], np.int64)
-        if len(ids) < _MIN_KEPT or self._longest(ids, quality)[0] == len(ids):
+        if len(ids) < _MIN_KEPT or self._longest(ids, cache_key)[0] == len(ids):
             return
-        saved = Saved.of(state, tokens, quality)
-        digest = hashlib.sha256(quality.encode() + ids.tobytes()).hexdigest()
+        saved = Saved.of(state, tokens, cache_key)
+        digest = hashlib.sha256(cache_key.encode() + ids.tobytes()).hexdigest()
         name = f"{digest[:32]}.safetensors"
         for key, old in [*self._entries.items()]:
-            if old.quality == quality and common_length(old.tokens, ids) == len(old.tokens):
+            if old.cache_key == cache_key and common_length(old.tokens, ids) == len(old.tokens):
                 self._drop(key)  # the new one begins with it
         self._entries[name] = saved
         if self._folder is not None:
@@ -213,19 +213,19 @@ class PrefixStore:
         if self._folder is not None:
             self._writer.submit(lambda: None).result()
 
-    def restore(self, state: SequenceState, ids: Ids, held: int, quality: str) -> int:
+    def restore(self, state: SequenceState, ids: Ids, held: int, cache_key: str) -> int:
         """Writes the longest stored prefix of a prompt into a sequence.
 
         Args:
             state: the sequence.
             ids: the prompt `[S]`, of which the last token runs in any case.
             held: tokens that the sequence already has.
-            quality: quality of its request; texts of another quality are not used.
+            cache_key: that of its request; texts of another are not used.
 
         Returns:
             How many tokens of the prompt the sequence holds now.
         """
-        common, name = self._longest(ids[:-1], quality)
+        common, name = self._longest(ids[:-1], cache_key)
         if common < held + MIN_PREFIX:
             return held
         saved = self._entries.pop(name)
@@ -233,11 +233,11 @@ class PrefixStore:
         saved.restore(state, common)
         return common
 
-    def _longest(self, ids: Ids, quality: str) -> tuple[int, str]:
+    def _longest(self, ids: Ids, cache_key: str) -> tuple[int, str]:
         found = [
             (saved.place(common_length(saved.tokens, ids)), name)
             for name, saved in self._entries.items()
-            if saved.quality == quality
+            if saved.cache_key == cache_key
         ]
         return max(found, default=(0, ""))
 

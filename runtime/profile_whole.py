@@ -75,7 +75,7 @@ class _Way:
     def parts_ms(self, path: ActionPath) -> float:
         """The sum of a token's profiled parts."""
         scored = isinstance(self.decider, ScoredDecider)
-        graphs = len(self.decider.segments)
+        graphs = len(self.decider.groups)
         return self.costs.token_ms(path, self.decider.head, scored, graphs=graphs)
 
 

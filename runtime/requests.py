@@ -185,8 +185,8 @@ class Requests:
             )
         if len(array) > model.max_length:
             raise ContextLengthError(
-                f"the prompt has {len(array)} tokens, the context of this bundle is "
-                f"{model.max_length}; shorten it, or export with a longer --max-length"
+                f"this model's maximum context length is {model.max_length} tokens, the prompt has "
+                f"{len(array)}; shorten it, or export with a longer --max-length"
             )
         return array
 

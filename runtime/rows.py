@@ -9,13 +9,15 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone
+from dash_onnx.core.actions import SKIP, Action, ActionPath, LayerGroup, each_alone
 from dash_onnx.core.arrays import Logits
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.part import Part
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
+
+_MOST_PARTS = 256  # each has bindings of its own, of some 0.3 MB
 
 
 class Rows:
@@ -29,11 +31,10 @@ class Rows:
 
     def __init__(self, whole: SequenceState):
         """Takes a batch of sequences, or a single one."""
-        self._whole, self._parts = whole, dict[tuple[int, int], Part]()
+        self._whole, self._parts = whole, dict[tuple[int, int], Part]()  # of several rows
         self.together = whole.batch > 1
-        self.states: Sequence[SequenceState] = [whole]
-        if self.together:
-            self.states = [self._part(row, row + 1) for row in range(whole.batch)]
+        self._singles = [Part(whole, row, row + 1) for row in range(whole.batch * self.together)]
+        self.states: Sequence[SequenceState] = self._singles or [whole]
         manifest = whole.sessions.manifest
         # A state would absorb padding as tokens; attention over shared K/V does not support any.
         plain = not manifest.recurrence and "shared_attention" not in manifest.mixers
@@ -128,37 +129,37 @@ class Rows:
     ) -> None:
         """Runs the layers; in each, rows with the same action run together.
 
-        Where plans differ in their segments, layers run one by one. If that would load some of them
+        Where plans differ in their groups, layers run one by one. If that would load some of them
         again, the rows of each plan run separately.
         """
         for decider in deciders:
             decider.begin()
-        apart = len({decider.segments for decider in deciders}) == 1 or self._again(deciders)
+        apart = len({decider.groups for decider in deciders}) == 1 or self._again(deciders)
         cut = () if apart else each_alone(together.num_layers)
         pairs = [*zip(rows, deciders, strict=True)]
-        for segments, group in groupby(pairs, lambda pair: cut or pair[1].segments):
-            own, chosen = zip(*group, strict=True)
-            self._segments(segments, own, chosen, seq)
+        for groups, members in groupby(pairs, lambda pair: cut or pair[1].groups):
+            own, chosen = zip(*members, strict=True)
+            self._run_groups(groups, own, chosen, seq)
 
     def _again(self, deciders: Sequence[Decider]) -> bool:
         """Whether layers of one graph would be loaded again to run one by one."""
         sessions = self.states[0].sessions
         return any(
-            sessions.loads_again(range(*segment), decider.action(segment.start))
+            sessions.loads_again(range(*group), decider.action(group.start))
             for decider in deciders
-            for segment in decider.segments
-            if segment.stop > segment.start + 1
+            for group in decider.groups
+            if group.stop > group.start + 1
         )
 
-    def _segments(
+    def _run_groups(
         self,
-        segments: Sequence[Segment],
+        groups: Sequence[LayerGroup],
         rows: tuple[int, ...],
         deciders: Sequence[Decider],
         seq: int,
     ) -> None:
         """Runs the layers for rows that follow each other in the pass."""
-        for layer, end in segments:
+        for layer, end in groups:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
@@ -185,14 +186,19 @@ class Rows:
         return result
 
     def _part(self, start: int, stop: int) -> Part:
-        part = self._parts.get((start, stop))
-        if part is None:
-            part = self._parts[start, stop] = Part(self._whole, start, stop)
+        if stop == start + 1:
+            part = self._singles[start]
+        else:  # the latest one last
+            known = (start, stop) in self._parts
+            part = self._parts.pop((start, stop)) if known else Part(self._whole, start, stop)
+            self._parts[start, stop] = part
+            if len(self._parts) > _MOST_PARTS:
+                del self._parts[next(iter(self._parts))]
         part.reserve(0)  # follows the cache if it has moved
         return part
 
 
-@lru_cache(1 << 14)
+@lru_cache(1 << 10)
 def calls(
     rows: tuple[int, ...], actions: tuple[Action, ...], again: bool = True
 ) -> list[tuple[int, int, Action]]:
@@ -206,7 +212,7 @@ def calls(
     Args:
         rows: row numbers, ascending.
         actions: one for each.
-        again: whether rows may run again; not in a segment of several layers, which overwrites its
+        again: whether rows may run again; not in a group of several layers, which overwrites its
             own input.
     """
     pairs = [*zip(rows, actions, strict=True)]

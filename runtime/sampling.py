@@ -17,7 +17,10 @@ _MIN_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is sampled. Penalties are applied first, then temperature and filters.
+    """How the next token is sampled.
+
+    In this order, as in transformers: penalties, temperature, top-k, top-p, min-p. Each filter acts
+    on the tokens that the one before it left.
 
     Attributes:
         temperature: 0 is greedy.
@@ -54,7 +57,11 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one generation."""
+    """Draws the tokens of one generation.
+
+    Each sampled token takes one random number, however it was computed. So with a seed, drafts
+    change no token that the same logits would give.
+    """
 
     def __init__(self, sampling: Sampling, prompt_tokens: int = 0):
         """Seeds the generator; the answer follows a prompt of some tokens."""

@@ -58,6 +58,7 @@ class Scheduler:
         self._slots = [slot] if slot else [Slot(n, state) for n, state in enumerate(rows.states)]
         self._waiting: deque[Request[Any]] = deque()
         self._given = 0  # slots assigned so far
+        self._short = False  # whether prompts that end with their next part come first
         self.reused = 0
         self._wake = threading.Event()
         self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
@@ -71,7 +72,7 @@ class Scheduler:
         """Puts what all slots hold into the store."""
         if self._store is not None:
             for slot in self._slots:
-                self._store.put(slot.state, slot.lasting, slot.quality or "")
+                self._store.put(slot.state, slot.lasting, slot.cache_key or "")
             self._store.flush()
 
     def wait(self, seconds: float) -> None:
@@ -108,7 +109,9 @@ class Scheduler:
                 self._guarded(slot, slot.going.follow)
         busy = [slot for slot in self._slots if slot.request is not None]
         prompts = [slot for slot in busy if not slot.answers]
-        first = sorted(prompts, key=lambda slot: slot.used)[:1]
+        # In turns: short ones do not wait for all of a long one, nor a long one for many others.
+        self._short = short = not self._short
+        first = sorted(prompts, key=lambda s: (short and len(s.rest) > PREFILL_CHUNK, s.used))[:1]
         decoding, forced = self._decoding([slot for slot in busy if slot.answers])
         if not self._gather(decoding):
             self._gather(decoding + first)
@@ -167,12 +170,13 @@ class Scheduler:
             common = self._restored(slot, request, common, held)
         slot.state.truncate(common)
         slot.tokens = request.ids[:common].tolist()
-        if slot.quality is not None:
-            slot.quality = request.quality
+        if slot.cache_key is not None:
+            slot.cache_key = request.cache_key
         slot.state.reserve(len(request.ids))  # at once, not in steps as its parts run
         going = slot.going = Generation(slot.state, request)
         forced = np.array(going.take_forced(), np.int64)  # by a grammar, whatever is answered
         slot.rest, slot.plan = np.concatenate([request.ids[common:], forced]), request.plan
+        request.reused = common
         self.reused += common
 
     def _restored(self, slot: Slot, request: Request[Any], common: int, held: list[int]) -> int:
@@ -186,9 +190,9 @@ class Scheduler:
         shared = shared if shared >= common + MIN_PREFIX else 0
         if self._store is not None:
             if common < len(held):
-                self._store.put(slot.state, held, slot.quality or "")
+                self._store.put(slot.state, held, slot.cache_key or "")
             most = max(common, shared)
-            stored = self._store.restore(slot.state, request.ids, most, request.quality)
+            stored = self._store.restore(slot.state, request.ids, most, request.cache_key)
             if stored > most:
                 return stored
         if shared:
@@ -200,12 +204,12 @@ class Scheduler:
         assert slot.plan is not None and slot.going is not None
         if slot.going.count:
             slot.started = time.perf_counter()
-        path, head, widened, segments = plan = slot.plan
+        path, head, widened, groups = plan = slot.plan
         part = slot.rest[: PREFILL_CHUNK if alone else self._chunk]
         logits, started = None, time.perf_counter()
         if len(part) < len(slot.rest):
             with slot.state.widening(widened):
-                slot.state.layers(part, FixedPath(path, head, segments))
+                slot.state.layers(part, FixedPath(path, head, groups))
         else:
             logits = slot.state.prefill(part, *plan)[None]
         if not alone and len(part) == self._chunk:

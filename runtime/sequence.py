@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, ActionPath, Form, Segment
+from dash_onnx.core.actions import Action, ActionPath, Form, LayerGroup
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import head_form_of
@@ -23,7 +23,7 @@ from dash_onnx.runtime.states import LONG
 PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
 
-_KEPT = 16  # tokens: bindings for longer passes are dropped once their prompt has run
+_KEPT = MAX_DRAFT_TOKENS + 1  # tokens: bindings for longer passes are dropped after their prompt
 _SHARED_LOGITS = (MAX_DRAFT_TOKENS + 1, MAX_DRAFT_ROWS)  # rows of logits of passes with drafts
 _PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
@@ -117,7 +117,7 @@ class SequenceState:
             self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
             self.embed(tokens)
             decider.begin()
-            for start, stop in decider.segments:
+            for start, stop in decider.groups:
                 decider.before(start)
                 self.run(start, decider.action(start), stop)
                 decider.after(start)
@@ -129,7 +129,7 @@ class SequenceState:
         path: ActionPath,
         head: Action,
         widened: frozenset[Action] = frozenset(),
-        segments: tuple[Segment, ...] = (),
+        groups: tuple[LayerGroup, ...] = (),
         *,
         every: bool = False,
         chunk: int = PREFILL_CHUNK,
@@ -141,7 +141,7 @@ class SequenceState:
             path: action of each layer.
             head: precision of the LM head.
             widened: actions that may run in the wide form, where it is faster.
-            segments: the layers that run as one graph; empty takes the longest runs.
+            groups: the layers that run as one graph; empty takes the longest runs.
             every: return logits after every token, not only after the last one.
             chunk: tokens that run at once.
 
@@ -153,7 +153,7 @@ class SequenceState:
         """
         if every and head == "int2":
             chunk = min(chunk, _PREVIEWED)
-        decider, rows = FixedPath(path, head, segments), []
+        decider, rows = FixedPath(path, head, groups), []
         self._check_room(self.length + ids.shape[-1])
         self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
         with self._lock, self.widening(widened):

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
-from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, Segment
+from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, LayerGroup
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
@@ -55,21 +55,21 @@ class PromptPlan(NamedTuple):
         path: action of each layer.
         head: precision of the LM head.
         widened: actions that may run wide in passes of many rows.
-        segments: the layers, in runs that share an action for all tokens after the prompt.
+        groups: the layers, in runs that share an action for all tokens after the prompt.
     """
 
     path: ActionPath
     head: Action
     widened: frozenset[Action]
-    segments: tuple[Segment, ...]
+    groups: tuple[LayerGroup, ...]
 
 
 _FROM_FILES = frozenset[Form](("int8", "int4"))  # of layers; `full` is cast to FP32, in memory
 _LOG = logging.getLogger(__name__)
 _MANY_BYTES = 64 << 20  # of weights: fewer stay in the caches
 
-Run: TypeAlias = tuple[range, Form]
-"""Consecutive layers in one form."""
+GroupForm: TypeAlias = tuple[range, Form]
+"""A group of layers in one form, which may run as one graph."""
 
 
 def _paths(layers: range, form: Form) -> set[str]:
@@ -95,7 +95,7 @@ class Sessions:
         self._mapped = frozenset[Form]()  # forms of layers whose weights stay in their files
         self._bundle = bundle
         self._loaded: dict[str, LoadedGraph] = {}
-        self._joined: dict[Run, LoadedGraph] = {}
+        self._joined: dict[GroupForm, LoadedGraph] = {}
         self._joining = threading.Lock()
         self._settled = frozenset[str]()
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
@@ -201,22 +201,22 @@ class Sessions:
 
     def _used(
         self, policy: Policy | None, prompt: PromptPlan | None
-    ) -> tuple[set[Form], list[Run]]:
+    ) -> tuple[set[Form], list[GroupForm]]:
         """LM heads, and layers in each form that may run as one graph, as in `preload`."""
         manifest = self.manifest
         every = range(manifest.model.num_layers)
         heads: set[Form] = {*manifest.exported_heads}
-        runs: set[Run]
+        runs: set[GroupForm]
         runs = {(range(layer, layer + 1), form) for layer in every for form in manifest.actions}
         head_wide, wide = bool(self.widened), [bool(self.widened)] * len(every)
         if policy is not None and prompt is not None:
             heads = {policy.head, prompt.head}
             later = policy.used(len(every), manifest.actions)
             both = [*zip(prompt.path, later, strict=True)]
-            runs = {(range(*one), prompt.path[one.start]) for one in prompt.segments}
+            runs = {(range(*one), prompt.path[one.start]) for one in prompt.groups}
             runs |= {
                 (range(*one), form)
-                for one in policy.segments(len(every))
+                for one in policy.groups(len(every))
                 for form in later[one.start]
             }
             # Several tokens of a batch, or draft tokens, may run wide, whatever its prompts do.
@@ -226,7 +226,7 @@ class Sessions:
         runs |= {(range(layer, layer + 1), WIDE) for layer in every if wide[layer]}
         return heads, sorted(runs, key=lambda run: (-len(run[0]), run[0].start))
 
-    def _bytes(self, heads: Iterable[Form], runs: Iterable[Run]) -> int:
+    def _bytes(self, heads: Iterable[Form], runs: Iterable[GroupForm]) -> int:
         graphs = [(head_path(form), form) for form in heads]
         total = sum(self._held(*one) for one in graphs if one[0] not in self._loaded)
         for layers, form in runs:

@@ -21,7 +21,7 @@ class Slot:
         number: its row of a batch.
         state: the sequence.
         tokens: tokens that the K/V cache holds.
-        quality: quality of the request that it holds, see `Request.quality`; None serves any
+        cache_key: that of the request that it holds, see `Request.cache_key`; None serves any
             request, as the cache of one conversation does.
         used: when it was last assigned, as a running number.
         request: the request that uses it.
@@ -34,7 +34,7 @@ class Slot:
     number: int
     state: SequenceState
     tokens: list[int] = field(default_factory=list)
-    quality: str | None = ""
+    cache_key: str | None = ""
     used: int = 0
     request: Request[Any] | None = None
     going: Generation | None = None
@@ -44,7 +44,7 @@ class Slot:
 
     def common(self, request: Request[Any]) -> int:
         """How many tokens of a prompt it holds, without the last, which must run for the logits."""
-        if self.quality not in (None, request.quality):
+        if self.cache_key not in (None, request.cache_key):
             return 0
         return self._held(request.ids)
 
@@ -86,6 +86,6 @@ class Slot:
     def lasting(self) -> list[int]:
         """The tokens whose K/V can serve later requests: none that another budget wrote."""
         request = self.request
-        if self.quality is None or request is None or not request.current.changed:
+        if self.cache_key is None or request is None or not request.current.changed:
             return self.tokens
         return self.tokens[: len(request.ids)]

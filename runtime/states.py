@@ -16,11 +16,12 @@ import numpy.typing as npt
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS
 
 POINTS = 4
 """Most points that a sequence keeps."""
 
-LONG = 17
+LONG = MAX_DRAFT_TOKENS + 2
 """Minimum tokens of a pass that leaves points at both ends: a prompt, not one with drafts."""
 
 _SPACING = 512  # tokens after which a shorter pass leaves a point, too

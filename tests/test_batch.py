@@ -309,6 +309,40 @@ def test_a_prompt_takes_what_a_running_answer_holds_of_it(tiny_model: Model) -> 
     assert len(told[0]) == 40
 
 
+def test_neither_short_nor_long_prompts_wait_for_all_of_the_others(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dash_onnx.runtime.scheduler.PREFILL_CHUNK", 8)
+    batch, asked = tiny_model.new_scheduler(2), options(max_new_tokens=1, policy="int8")
+    long, short = list[Chunk | Exception](), list[Chunk | Exception]()
+    batch.submit(tiny_model.request(np.arange(2, 202), long.append, asked))
+    batch.step()
+    for number in range(60):  # each answer frees its slot for the next
+        batch.submit(tiny_model.request(np.array([300 + number]), short.append, asked))
+    while not long:
+        batch.step()
+    assert 10 < len(short) < 40  # of 25 parts, one in two steps
+    while batch.step():
+        pass
+    assert len(short) == 60 and not any(isinstance(piece, Exception) for piece in long + short)
+
+
+def test_a_batch_of_many_rows_keeps_some_of_its_parts(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are used again in other passes, and made again where they are not kept."""
+    monkeypatch.setattr("dash_onnx.runtime.rows._MOST_PARTS", 2)
+    rows, found = Rows.new(tiny_model._sessions, 5), []
+    for actions in (("int8",) * 5, ("int8", "int4") * 2 + ("int4",), ("int4", "int4", "int8") * 2):
+        paths = [FixedPath((action,) * 4, "int8") for action in actions[:5]]
+        found.append(rows.forward(range(5), [[7]] * 5, paths)[0][2].copy())
+        assert len(rows._parts) <= 2
+    alone = Rows.new(tiny_model._sessions, 1)
+    for action, logits in zip(("int8", "int8", "int8"), found, strict=True):
+        wanted = alone.forward([0], [[7]], [FixedPath((action,) * 4, "int8")])[0][0]
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_prompt_takes_nothing_that_another_budget_wrote(scored: Model) -> None:
     batch, told = scored.new_scheduler(2), list[Chunk | Exception]()
     first = scored.request("the ships that pass, " * 8, told.append, options(budget=0.9))

@@ -103,7 +103,7 @@ def test_a_batch_answers_every_line_of_a_file(
         ("{", "prompts.jsonl:1 is not JSON"),
         ('"a"\n{"text": "b"}\n', "prompts.jsonl:2 needs `prompt`"),
         ('{"messages": []}\n', "prompt 0: there is no message"),
-        ('"a"\n"' + "a b " * 300 + '"\n', "prompt 1: the prompt has"),
+        ('"a"\n"' + "a b " * 300 + '"\n', "prompt 1: this model's maximum context length"),
     ],
 )
 def test_a_batch_that_cannot_be_answered_is_refused_whole(

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,3 +169,13 @@ def test_nothing_is_drafted_after_the_end() -> None:
         )
     assert len(gains) == 3  # of none, of 5, and of 5 and 6
     assert found and found.tokens == [5, 6]
+
+
+def test_no_draft_token_is_expected_more_than_once() -> None:
+    """Not even after a long match with the text that the app expects, which agrees."""
+    text, known = drawn(40, 30000), stats(TIMES["0.5B int8"])
+    prompt, answer = text[:30], text[:17]  # the prompt repeats the expected text
+    found, gains = Drafter(prompt, expected=text).find(known, prompt + answer, 15)
+    assert found and len(gains) > 2
+    added = np.diff(gains)
+    assert (added < 1).all() and (np.diff(added) <= 0).all()

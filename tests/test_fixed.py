@@ -39,19 +39,19 @@ def partly(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_plan_has_a_segment_of_fixed_layers_beside_dispatched_ones(partly: Path) -> None:
+def test_a_plan_has_a_group_of_fixed_layers_beside_dispatched_ones(partly: Path) -> None:
     """It computes what the same actions do layer by layer, and takes no more memory."""
     found, tokens = [], (5, 9, 300, 7, 44, 120, 12, 260)
     for whole in (True, False):
         with dash_onnx.load(partly, policy="dash", memory="low") as model:
             policy, sequence = model.policy(), model.new_sequence()
             assert isinstance(policy, ScoredPolicy)
-            assert model.policy().segments(LAYERS) == ((0, 1), (1, 2), (2, 4))
-            segments = policy.segments(LAYERS) if whole else each_alone(LAYERS)
+            assert model.policy().groups(LAYERS) == ((0, 1), (1, 2), (2, 4))
+            groups = policy.groups(LAYERS) if whole else each_alone(LAYERS)
             used = policy.used(LAYERS, model.manifest.actions)
-            sequence.prefill(model.text.encode(PROMPT), INT8, "int8", segments=segments)
+            sequence.prefill(model.text.encode(PROMPT), INT8, "int8", groups=groups)
             deciders = [
-                ScoredDecider(sequence, "int8", float(multiplier), None, used, segments)
+                ScoredDecider(sequence, "int8", float(multiplier), None, used, groups)
                 for multiplier in np.geomspace(1e-3, 10, 9)
             ]
             passes = [sequence.forward(token, d) for d in deciders for token in tokens]
@@ -95,7 +95,7 @@ def test_fixed_layers_cost_less_and_old_tables_fix_none(partly: Path) -> None:
         policy = ScoredPolicy(replace(manifest, scorer=scorer))
         controller = policy.controller()
         assert controller.multiplier == policy.multiplier
-        found.append((policy.cost_ms(path, costs), len(policy.segments(LAYERS)), policy.fixed))
+        found.append((policy.cost_ms(path, costs), len(policy.groups(LAYERS)), policy.fixed))
     (ms, graphs, fixed), (plain_ms, every, none) = found
     assert ms == pytest.approx(plain_ms - 0.02) and (graphs, every) == (3, 4)
     assert fixed == ("int8", None, "int4", "int4") and none == (None,) * LAYERS

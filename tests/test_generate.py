@@ -89,7 +89,9 @@ def test_context_end_is_a_stop_reason(tiny_model: Model) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Model) -> None:
-    with pytest.raises(ContextLengthError, match="257 tokens, the context of this bundle is 256"):
+    with pytest.raises(
+        ContextLengthError, match="maximum context length is 256 tokens, the prompt has 257"
+    ):
         next(tiny_model.generate_step((PROMPT * 20)[:257]))
 
 

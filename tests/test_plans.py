@@ -15,7 +15,7 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.actions import Action, each_alone, segments_of
+from dash_onnx.core.actions import Action, each_alone, groups_of
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, reference_ms
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DeviceError, PolicyError
@@ -234,19 +234,19 @@ def test_joined_layers_compute_what_they_compute_one_by_one(
     scored_folder: Path, path: tuple[Action, ...]
 ) -> None:
     found = []
-    for segments in (segments_of(path), each_alone(LAYERS)):
+    for groups in (groups_of(path), each_alone(LAYERS)):
         with dash_onnx.load(scored_folder, memory="low") as model:
-            ids, decider = model.text.encode(PROMPT), FixedPath(path, "int8", segments)
+            ids, decider = model.text.encode(PROMPT), FixedPath(path, "int8", groups)
             sequence = SequenceState(model._sessions, len(ids))
-            rows = [sequence.prefill(ids, path, "int8", segments=segments).copy()]
+            rows = [sequence.prefill(ids, path, "int8", groups=groups).copy()]
             for token in (5, 9, 300, 7):  # the cache moves
                 rows.append(sequence.forward(token, decider)[0].copy())
             assert sequence.kv.moves == 2
-            found.append((np.stack(rows), model._sessions.loaded_bytes, len(decider.segments)))
+            found.append((np.stack(rows), model._sessions.loaded_bytes, len(decider.groups)))
     (one, some_bytes, graphs), (other, all_bytes, alone) = found
     np.testing.assert_array_equal(one, other)
     assert some_bytes == all_bytes
-    assert graphs == len(segments_of(path)) < alone == LAYERS
+    assert graphs == len(groups_of(path)) < alone == LAYERS
 
 
 def test_no_layer_is_loaded_twice_by_one_policy(scored_folder: Path) -> None:

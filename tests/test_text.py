@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,6 +31,25 @@ WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "
 def codec(tiny_bundle: Path) -> TextCodec:
     """Byte-level BPE; each letter of an English sentence may be merged into words."""
     return TextCodec(Bundle(tiny_bundle))
+
+
+def test_other_threads_run_while_a_long_text_becomes_tokens(codec: TextCodec) -> None:
+    ticks, ended = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not ended.wait(0.002):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = ticks
+    try:
+        codec.encode("the keeper counts 12 ships " * 40_000)
+        assert ticks > before + 5
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")

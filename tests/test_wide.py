@@ -407,6 +407,15 @@ def test_the_prompt_of_one_path_runs_wide_where_that_loses_less_than_the_path(
         assert ("int8" in widened_in_prompts(manifest, policy)) == all_wide
 
 
+def test_the_prompt_of_a_path_whose_loss_is_unknown_runs_wide_only_in_layers_of_few_bits(
+    wide_bundle: Path,
+) -> None:
+    manifest = Bundle(wide_bundle).manifest
+    few = widened_in_prompts(manifest, make_policy("static:int8,int4,int4,int8", manifest))
+    assert "int4" in few and "int8" not in few
+    assert "int8" in widened_in_prompts(manifest, make_policy("int4", manifest))  # with any head
+
+
 def test_the_best_static_path_keeps_its_loss(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
     manifest = Bundle(folder).manifest

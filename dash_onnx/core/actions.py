@@ -30,7 +30,8 @@ DEFAULT_FORMS = ",".join((*DEFAULT_VARIANTS, WIDE))
 """The forms exported by default, as `parse_variants` takes them."""
 
 WIDENED: tuple[Action, ...] = ("int4", "int2")
-"""Precisions that lose more than the wide form does."""
+"""Precisions that the wide form may replace. It loses less; where a GGUF file's own integers are
+kept, INT4 may lose even less, but both are then close to the file."""
 
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
@@ -44,7 +45,7 @@ LOSSY: tuple[Action, ...] = ("int2", SKIP)
 """Actions whose losses are neither small nor additive, so that they must be measured."""
 
 
-class Segment(NamedTuple):
+class LayerGroup(NamedTuple):
     """Consecutive layers that take the same action.
 
     Attributes:
@@ -56,7 +57,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-def segments_of(path: Sequence[Action | None], alone: Collection[int] = ()) -> tuple[Segment, ...]:
+def groups_of(path: Sequence[Action | None], alone: Collection[int] = ()) -> tuple[LayerGroup, ...]:
     """The longest runs of layers that take the same action.
 
     Args:
@@ -69,12 +70,12 @@ def segments_of(path: Sequence[Action | None], alone: Collection[int] = ()) -> t
         return own is None or own != before or layer in alone or layer - 1 in alone
 
     edges = [0, *filter(apart, range(1, len(path))), len(path)]
-    return tuple(starmap(Segment, pairwise(edges)))
+    return tuple(starmap(LayerGroup, pairwise(edges)))
 
 
-def each_alone(layers: int) -> tuple[Segment, ...]:
-    """A segment for each layer."""
-    return tuple(Segment(layer, layer + 1) for layer in range(layers))
+def each_alone(layers: int) -> tuple[LayerGroup, ...]:
+    """A group for each layer."""
+    return tuple(LayerGroup(layer, layer + 1) for layer in range(layers))
 
 
 def parse_variants(text: str | None) -> tuple[tuple[Action, ...], bool]:

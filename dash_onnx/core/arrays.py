@@ -11,7 +11,8 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 """Token ids, `[S]` unless stated differently."""
 
 Logits: TypeAlias = npt.NDArray[np.float32]
-"""Logits of the next token, `[V]`, or one row for each token, `[S, V]`."""
+"""Logits of the next token, `[V]`, or one row for each token, `[S, V]`; unless stated differently
+in the type that the bundle computes in: float32, or on CUDA float16."""
 
 
 def common_length(a: Ids, b: Ids) -> int:

@@ -69,13 +69,14 @@ class Experts:
 
     Attributes:
         count: experts of a layer.
-        per_token: experts that compute for a token: those with the router's highest scores.
+        per_token: experts that compute for a token (`top_k`): those with the router's highest
+            scores, after a layer's correction bias (`e_score_correction_bias`) if it has one.
         width: width inside an expert.
         shared_width: width inside the MLP that computes for every token beside them, or 0.
-        normalized: whether the weights of a token's experts sum to 1; if not, each keeps its value
-            among those of all experts.
+        normalized: whether the weights of a token's experts sum to 1 (`norm_topk_prob`); if not,
+            each keeps its value among those of all experts.
         scoring: what turns the router's scores into weights.
-        factor: factor on the sum of a token's experts.
+        factor: factor on the sum of a token's experts (`routed_scaling_factor`).
         gate_slope: a in the experts' activation `gate * sigmoid(a * gate) * (up + b)`.
         up_offset: b.
         limit: upper bound of gates, and of the absolute value of ups, in the activation; or None.

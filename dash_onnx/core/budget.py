@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias, TypeVar
 
-from dash_onnx.core.actions import ACTIONS, Action, Segment, segments_of
+from dash_onnx.core.actions import ACTIONS, Action, LayerGroup, groups_of
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, ScorerFacts, StaticPoint
 from dash_onnx.core.manifest import Manifest
@@ -145,11 +145,11 @@ def fixed_at(budget: float, manifest: Manifest) -> tuple[Action | None, ...]:
     return tuple(same) or (None,) * manifest.model.num_layers
 
 
-def decided_segments(
+def decided_groups(
     fixed: tuple[Action | None, ...], decision_points: Sequence[int]
-) -> tuple[Segment, ...]:
+) -> tuple[LayerGroup, ...]:
     """The layers in runs fixed to the same action; one whose input the scorer reads is alone."""
-    return segments_of(fixed, {point - 1 for point in decision_points})
+    return groups_of(fixed, {point - 1 for point in decision_points})
 
 
 def neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:

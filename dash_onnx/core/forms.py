@@ -55,7 +55,7 @@ def head_widens(passes: PassCosts | None, head: Action, widened: frozenset[Actio
 
 
 def widened_by(manifest: Manifest) -> frozenset[Action]:
-    """Actions that lose more than the wide form does, in any pass of any policy."""
+    """Actions that the wide form may replace in any pass of any policy."""
     return frozenset(WIDENED if manifest.wide is not None else ())
 
 
@@ -64,16 +64,17 @@ def widened_in_prompts(manifest: Manifest, policy: Policy) -> frozenset[Action]:
 
     A policy that uses an action of few bits loses so much later that its whole prompt may run wide,
     unless the scorer promises less than `PROMISE` times what the wide form loses, or one path loses
-    less than that form.
+    less than that form, or nobody measured what a path loses that has other actions, too.
     """
     few = widened_by(manifest)
     layers = policy.used(manifest.model.num_layers, manifest.actions)
     used = {action for actions in layers for action in actions}
     if manifest.wide is None or not used & few:
         return few
-    if policy.kl is not None:
+    if policy.kl is None:
+        negligible = not used - few
+    else:
         fixed = policy.uniform is not None  # whose prompts would lose as much as its tokens
         lost = policy.kl if fixed else policy.kl * margin_of(manifest) / PROMISE
-        if lost < manifest.wide.kl:
-            return few
-    return few | frozenset(manifest.variants)
+        negligible = lost >= manifest.wide.kl
+    return few | frozenset(manifest.variants) if negligible else few

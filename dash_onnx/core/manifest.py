@@ -63,7 +63,8 @@ class Manifest:
         heads: per kind of path (a precision, or `skip` for mixed paths), the precision of its LM
             head.
         compensation_rank: r of what a skipped layer returns for its input x,
-            `scale * x + B @ A @ rms_norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`.
+            `scale * x + B @ A @ norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`. The
+            norm is the one before the layer's attention, if it has one.
         layers: statistics of each layer on the calibration text.
         calibration: where the calibration tokens came from.
         costs: profiled milliseconds.

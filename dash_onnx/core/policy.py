@@ -18,16 +18,16 @@ from dash_onnx.core.actions import (
     SKIP,
     Action,
     ActionPath,
-    Segment,
+    LayerGroup,
     check_action,
     each_alone,
+    groups_of,
     path_letters,
-    segments_of,
 )
 from dash_onnx.core.budget import (
     DEFAULT_PRESET,
     Budget,
-    decided_segments,
+    decided_groups,
     fixed_at,
     kl_at,
     multiplier_of,
@@ -65,7 +65,7 @@ class Policy:
 
     def cost_ms(self, path: ActionPath, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
-        graphs = len(self.segments(len(path)))
+        graphs = len(self.groups(len(path)))
         return costs.token_ms(path, self.head, self.scored, graphs=graphs)
 
     @property
@@ -74,8 +74,8 @@ class Policy:
         return None
 
     @property
-    def quality(self) -> str:
-        """What policies share if their tokens have K/V of the same quality."""
+    def cache_key(self) -> str:
+        """What policies share if one may read the K/V that the other wrote."""
         return self.name if self.uniform is None else path_letters(self.uniform)
 
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
@@ -84,9 +84,9 @@ class Policy:
             return [{action} for action in self.uniform]
         return [set(actions)] * layers
 
-    def segments(self, layers: int) -> tuple[Segment, ...]:
+    def groups(self, layers: int) -> tuple[LayerGroup, ...]:
         """The layers, in runs whose actions are always the same."""
-        return each_alone(layers) if self.uniform is None else segments_of(self.uniform)
+        return each_alone(layers) if self.uniform is None else groups_of(self.uniform)
 
     def paths(self) -> Iterator[ActionPath]:
         """A fresh, endless series of paths, one per token, if they do not depend on the token."""
@@ -120,12 +120,12 @@ class ScoredPolicy(Policy):
         self.multiplier, self.head = multiplier_of(self.budget, points)
         self.uses = used_actions(self.budget, points)
         self.fixed = fixed_at(self.budget, manifest)
-        self._segments = decided_segments(self.fixed, facts.decision_points)
+        self._groups = decided_groups(self.fixed, facts.decision_points)
         self.kl = kl_at(self.budget, points)
         self._manifest = manifest
 
     @property
-    def quality(self) -> str:
+    def cache_key(self) -> str:
         """See `Policy`."""
         return f"dash {self.budget:g}"
 
@@ -133,13 +133,13 @@ class ScoredPolicy(Policy):
         """See `Policy`; those of the table: the controller takes no others."""
         return [set(self.uses) if action is None else {action} for action in self.fixed]
 
-    def segments(self, layers: int) -> tuple[Segment, ...]:
+    def groups(self, layers: int) -> tuple[LayerGroup, ...]:
         """See `Policy`."""
-        return self._segments
+        return self._groups
 
     def controller(self) -> Controller:
         """The controller that keeps one generation at the budget."""
-        graphs = len(self._segments)
+        graphs = len(self._groups)
         return Controller(self._manifest, self.budget, self.multiplier, self.head, graphs)
 
 
@@ -185,7 +185,7 @@ class RandomPolicy(Policy):
     """
 
     @property
-    def quality(self) -> str:
+    def cache_key(self) -> str:
         """See `Policy`."""
         return f"{self.name} {self.budget}"
 

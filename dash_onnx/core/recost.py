@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dash_onnx.core.budget import decided_segments, pareto, presets, reference_ms
+from dash_onnx.core.budget import decided_groups, pareto, presets, reference_ms
 from dash_onnx.core.facts import BudgetPoint, Costs, StaticPoint
 from dash_onnx.core.manifest import Manifest
 
@@ -28,7 +28,7 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
             share * sum(layer[action] for layer in under.layers_ms)
             for action, share in point.shares.items()
         )
-        graphs = len(decided_segments(point.fixed or none_fixed, decision_points))
+        graphs = len(decided_groups(point.fixed or none_fixed, decision_points))
         return under.mixed_ms(layers_ms, point.head, True, graphs)
 
     full_ms = reference_ms(moved)
