@@ -183,6 +183,9 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
         assert whole.usage.completion_tokens == 48
         reused = metric(running, "dash_prompt_tokens_reused")
         assert reused >= 7 * (whole.usage.prompt_tokens - 8)
+        details = whole.usage.prompt_tokens_details
+        assert details is not None and details.cached_tokens is not None
+        assert whole.usage.prompt_tokens - 8 <= details.cached_tokens < whole.usage.prompt_tokens
     finally:
         running.stop()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.calls import SPECIAL, CallReader, recipient
+from dash_onnx.serve.calls import SPECIAL, CallReader, before_cut_call, recipient
 
 _HEADER = 100  # most tokens of a header that names a function
 
@@ -46,7 +46,7 @@ class Choice:
             most_calls: most calls that are returned; None returns all.
             tagged: see `CallReader`.
         """
-        self._most_calls = most_calls
+        self._most_calls, self._tools, self._cut = most_calls, bool(tools), False
         self._reader = CallReader(tools, tagged=tagged)
         self._codec = codec
         self._control = [word for word in SPECIAL if tools and word in codec.control]
@@ -71,6 +71,9 @@ class Choice:
         if chunk.finish_reason is not None:
             rest, calls = self._reader.finish()
             self.calls = calls[: self._most_calls]
+            if chunk.finish_reason == "length" and self._tools:
+                whole, rest = rest, before_cut_call(rest)
+                self._cut = rest != whole and len(self.calls) != self._most_calls
             said += rest
         for word in self._control:  # it could not come back in a message
             said = said.replace(word, "")
@@ -85,6 +88,10 @@ class Choice:
             self.tokens.append(token)
             self._offset += len(self._detokenizer.add(chunk.token))
         return said, reasoning, token
+
+    def finished(self, reason: str) -> str:
+        """Why the text ended, given why its generation did."""
+        return "tool_calls" if self.calls and not self._cut else reason
 
     def _header(self, token: int) -> str:
         """The header of a call that ends with this token of the thoughts, as in gpt-oss; or ""."""
@@ -117,7 +124,7 @@ class Answer:
         found = [
             {
                 "index": index,
-                "finish_reason": "tool_calls" if choice.calls else reason,
+                "finish_reason": choice.finished(reason),
                 "logprobs": self._logprobs(choice.tokens),
                 **self._content(choice),
             }

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +28,7 @@ from dash_onnx.core.arrays import Ids
 from dash_onnx.core.conversation import begun_answer
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.plans import preset_plans
+from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.answer import Answer, Choice
 from dash_onnx.serve.errors import APIError, outcome_of, refusing
@@ -41,6 +42,7 @@ from dash_onnx.serve.tools import Support, decoded, support_of, with_tools
 
 _LOG = logging.getLogger(__name__)
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
+_LONG_BYTES = 256 << 10  # of a request whose text takes much memory while it is tokenized
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -85,11 +87,13 @@ def create_app(
         assert isinstance(error, APIError)
         return error.response()
 
-    async def http_error(_: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code, told = _CODES.get(error.status_code, "invalid_request"), error.detail
         if error.status_code == 404:
             told = "no such path: base_url ends with /v1, docs/guide/serve.md lists what is served"
+            if request.url.path.endswith("/responses"):
+                told = "/v1/responses does not exist: let the client use /v1/chat/completions"
         return APIError(error.status_code, told, code, error.headers).response()
 
     @contextlib.asynccontextmanager
@@ -156,6 +160,7 @@ class _Server:
 
     def __init__(self, service: Service, key: str | None, only_here: bool):
         self.service, self._key, self._only_here = service, key, only_here
+        self._encoding_long = asyncio.Lock()
 
     async def page(self, _: Request) -> Response:
         html, headers = page()
@@ -209,8 +214,10 @@ class _Server:
         name = self._named(body.model)
         with refusing():
             text = await self.service.pool.text(name)
-            options, tools = body.options(self.service.limits.max_tokens), body.offered
-            options = body.with_call(options, text)
+            tools = body.offered
+            options = await asyncio.to_thread(
+                lambda: body.with_call(body.options(self.service.limits.max_tokens), text)
+            )
             asked = decoded(body.prompt())
             variables = options.template_variables
 
@@ -229,7 +236,7 @@ class _Server:
                 described = tools if support.tools else ()
                 return text.encode_chat(messages, tools=described, variables=variables)
 
-            prompt = await asyncio.to_thread(encode)
+            prompt = await self._encoded(request, encode)
         most = None if body.parallel_tool_calls else 1
         tagged = options.grammar is not None
         choices = [Choice(text, tools, most, tagged=tagged) for _ in range(body.n)]
@@ -242,10 +249,20 @@ class _Server:
         name = self._named(body.model)
         with refusing():
             text = await self.service.pool.text(name)
-            options = body.options(self.service.limits.max_tokens)
-            prompt = await asyncio.to_thread(text.encode, body.prompt)
+            options = await asyncio.to_thread(body.options, self.service.limits.max_tokens)
+            prompt = await self._encoded(request, lambda: text.encode(body.prompt))
         choices = [Choice(text, []) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices, raw=True)
+
+    async def _encoded(self, request: Request, encode: Callable[[], Ids]) -> Ids:
+        """The prompt; of long ones, one at a time, because each may take hundreds of MB."""
+        if request.state.bytes < _LONG_BYTES:
+            return await asyncio.to_thread(encode)
+        async with self._encoding_long:
+            try:
+                return await asyncio.to_thread(encode)
+            finally:
+                await asyncio.to_thread(release_memory)
 
     async def _body(self, request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
         self._check_caller(request)
@@ -271,6 +288,7 @@ class _Server:
                 408, f"the request body did not arrive within {limits.seconds:g} s", "timeout"
             ) from None
         try:
+            request.state.bytes = len(content)
             return kind.model_validate(json.loads(content))
         except ValidationError as error:
             first = error.errors()[0]

@@ -116,6 +116,13 @@ def recipient(text: str) -> str:
     return found[0] if found else ""
 
 
+def before_cut_call(text: str) -> str:
+    """A text without a call at its end that has begun, but does not end."""
+    at = max(text.rfind(tag) for tag in (*_OPENS, _RECIPIENT))
+    ended = any(tag in text[at:] for tag in _CLOSES if tag)
+    return text if at < 0 or ended else text[:at]
+
+
 class CallReader:
     """Splits the text of an answer, as it arrives, into content and calls."""
 

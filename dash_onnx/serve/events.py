@@ -23,7 +23,7 @@ from dash_onnx.serve.service import Job
 _LOG = logging.getLogger(__name__)
 _GRACE_S = 1.0  # seconds to report a timeout after the deadline
 _END = "data: [DONE]\n\n"
-_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+_JSON = json.JSONEncoder(check_circular=False).encode  # some clients end a line at U+2028, too
 _letters = lru_cache(1 << 10)(path_letters)
 
 
@@ -115,10 +115,9 @@ class EventStream(Response):
         piece = answer.piece(index, said, token=token, reasoning=reasoning, dash=facts)
         events.append(piece)
         if chunk.finish_reason is not None:
-            reason = tally.finish_reason
             if choice.calls:
-                reason = "tool_calls"
                 events.append(answer.piece(index, "", calls=choice.calls))
+            reason = choice.finished(tally.finish_reason)
             events.append(answer.piece(index, "", reason, dash=tally.facts()))
         return "".join(map(_event, events))
 

@@ -221,6 +221,8 @@ class ModelPool:
             if not served.loaded:
                 if served.loading is None or served.loading.done():
                     served.loading = asyncio.create_task(self._load(name, served))
+                    # Nobody may be waiting any more when it fails.
+                    served.loading.add_done_callback(lambda one: one.cancelled() or one.exception())
                 await asyncio.shield(served.loading)  # others may be waiting for it
             yield served
         finally:

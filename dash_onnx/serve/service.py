@@ -64,6 +64,7 @@ class Tally:
 
     finish_reason: str = "stop"
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # part of `prompt_tokens`
     generated_tokens: int = 0
     thinking_tokens: int = 0  # part of `generated_tokens`
     cost: float = 0.0  # sum over tokens, as fractions of the reference's time
@@ -115,6 +116,7 @@ class Job:
             "prompt_tokens": prompt,
             "completion_tokens": answered,
             "total_tokens": prompt + answered,
+            "prompt_tokens_details": {"cached_tokens": self.tallies[0].reused_tokens},
         }
         details = {}
         if self.options.expected:
@@ -242,6 +244,7 @@ class Service:
                 index, chunk = piece
                 tally = job.tallies[index]
                 tally.last = cost(runs[index].first, chunk.path)
+                tally.reused_tokens = runs[index].reused
                 self._count(tally, chunk)
                 running -= chunk.finish_reason is not None
                 yield piece
