@@ -9,6 +9,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +161,42 @@ def save_biased(folder: Path, size: float = 0.2, **overrides: object) -> Path:
 def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
     """Logits `[S, V]` copied from the results of `Model.score`, which overwrites them."""
     return np.stack([token.logits.copy() for token in scored])
+
+
+def memory_of(
+    graph: Path, output: str, feeds: dict[str, np.ndarray], kind: str, **options: object
+) -> int:
+    """Bytes of memory that a session takes for a graph and one run of it.
+
+    In a process of its own, where nothing else allocates, and beside another such session, which
+    takes what all of them share.
+
+    Args:
+        kind: RssAnon without what is mapped from files, or VmRSS with it.
+        options: of `create_session`.
+    """
+    saved = graph.with_suffix(".npz")
+    np.savez(saved, **feeds)
+    code = f"""
+import re
+from pathlib import Path
+import numpy as np
+from dash_onnx.runtime.ort import create_session
+
+def memory():
+    return 1024 * int(re.findall(r"{kind}:\\s+(\\d+)", Path("/proc/self/status").read_text())[0])
+
+def run():
+    session = create_session(Path({str(graph)!r}), "cpu", **{options!r})
+    session.run([{output!r}], dict(np.load({str(saved)!r})))
+    return session
+
+first, before = run(), memory()
+second = run()
+print(memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def layer_inputs(

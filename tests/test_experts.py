@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import VARIANTS
+from conftest import VARIANTS, memory_of
 from families import (
     CASES,
     LAYERS,
@@ -46,7 +46,6 @@ from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.runtime import sessions
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.rows import Rows
 
 QWEN3 = CASES["qwen3_moe"]
@@ -310,23 +309,12 @@ def test_experts_that_run_from_their_file_are_not_in_memory(tmp_path: Path) -> N
     spec = replace(spec, block=replace(spec.block, experts=replace(experts, width=width)))
     layer, target = replace(layer, mixture=mixture), Target("cpu", "float32", 32, 4)
     build_layer(tmp_path, 0, layer, spec, target, "int8", {})
-    path, hidden = tmp_path / layer_path(0, "int8"), np.ones((4, 64), np.float32)
-    grown = {}
-    for packed in (False, True):
-        release_memory()
-        before = anonymous_bytes()
-        session = Backend().session(path, packed=packed)
-        session.run(["hidden_out"], Runner(spec, "cpu")._feeds_of(session, 0)(0, hidden))
-        grown[packed] = anonymous_bytes() - before
-        del session
+    path = tmp_path / layer_path(0, "int8")
+    runner, session = Runner(spec, "cpu"), Backend().session(path)
+    feeds = runner._feeds_of(session, 0)(0, np.ones((4, 64), np.float32))
+    grown = [memory_of(path, "hidden_out", feeds, "RssAnon", packed=packed) for packed in (0, 1)]
     stored = path.with_suffix(".onnx.data").stat().st_size
-    assert grown[False] < stored / 4 and grown[True] > stored / 1.5
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process without what it maps from files."""
-    status = Path("/proc/self/status").read_text("utf-8")
-    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+    assert grown[0] < stored / 4 and grown[1] > stored / 1.5, grown
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, VARIANTS, logits_of
+from conftest import TINY, VARIANTS, logits_of, memory_of
 from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_random, write_text
 from safetensors.torch import load_file, save_file
 from test_environment import case_of
@@ -308,16 +307,9 @@ def test_the_table_for_layers_stays_in_the_file(rounded: bool, pair: Pair, tmp_p
     large = replace(per_layer, table=torch.ones(1 << 18, per_layer.table.shape[1]))
     build_embed(tmp_path, table, spec, pair.model.manifest.target, large, rounded)
     del large
-    before = resident_bytes()
-    session = create_session(tmp_path / EMBED_PATH, "cpu")
-    session.run(["per_layer"], {"input_ids": np.array([[3, 300]])})
+    ids = {"input_ids": np.array([[3, 300]])}
+    assert memory_of(tmp_path / EMBED_PATH, "per_layer", ids, "VmRSS") < 20 << 20
     assert (tmp_path / TABLE_PATH).stat().st_size > (25 if rounded else 50) << 20
-    assert resident_bytes() - before < 20 << 20
-
-
-def resident_bytes() -> int:
-    """Memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_weights_of_k_and_v_that_shared_layers_do_not_use_are_ignored(tmp_path: Path) -> None:

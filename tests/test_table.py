@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_model
 from gguf_models import tiny_model
 from safetensors.torch import load_file, save_file
-from test_shared_kv import resident_bytes
 
 from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
 from dash_onnx.core.errors import SourceError
@@ -118,6 +118,11 @@ def test_rows_that_were_read_leave_memory(models: Path) -> None:
     before = resident_bytes()
     assert sum(map(len, row_groups(table))) == ROWS  # 2 bytes of each value are in the file
     assert resident_bytes() - before < COLUMNS * ROWS
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("file", ["folder", "f16.gguf"])
