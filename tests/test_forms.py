@@ -541,6 +541,7 @@ def test_a_call_that_is_asked_for_is_made(
         server = Server({"long": model})
         try:
             _calls(server.client(), choice)
+            _items(server.client(), choice)
         finally:
             server.stop()
 
@@ -591,6 +592,26 @@ def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
     assert [c.function.arguments for c in calls if c.function] == [call.function.arguments]
     assert not any(piece.choices[0].delta.content for piece in pieces)
     assert pieces[-1].choices[0].finish_reason == "tool_calls"
+
+
+def _items(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
+    """The same with /v1/responses, and the call's result."""
+    talk: list[Any] = [*MESSAGES]
+    tools: Any = [{"type": "function", **TOOL["function"]}]
+    named = choice if isinstance(choice, str) else {"type": "function", "name": "count"}
+    more: Any = {"model": "long", "tools": tools}
+    events: list[Any] = [
+        *client.responses.create(input=talk, tool_choice=named, **more, stream=True)
+    ]
+    (call,) = events[-1].response.output
+    assert (call.type, call.name) == ("function_call", "count") and fits(call.arguments)
+    kinds = [event.type.removeprefix("response.") for event in events[2:-1]]
+    arguments = "function_call_arguments"
+    deltas = [f"{arguments}.delta", f"{arguments}.done"]
+    assert kinds == ["output_item.added", *deltas, "output_item.done"]
+    talk += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "7"}]
+    found = client.responses.create(input=talk, max_output_tokens=4, **more)
+    assert found.usage is not None and found.usage.output_tokens <= 4
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.calls import SPECIAL, CallReader, before_cut_call, recipient
+from dash_onnx.serve.errors import APIError
+from dash_onnx.serve.service import Job, Tally
 
 _HEADER = 100  # most tokens of a header that names a function
 
@@ -106,67 +107,108 @@ class Choice:
         return {"token": text, "logprob": logprob, "bytes": [*raw]}
 
 
-class Answer:
-    """The JSON of one answer, whole or streamed in pieces."""
+class Answer(Protocol):
+    """The JSON of one answer, whole or streamed in events.
 
-    def __init__(self, model: str, *, chat: bool):
-        """Gives it an id."""
-        self._chat = chat
+    Attributes:
+        end: what a stream ends with.
+    """
+
+    end: str
+
+    def add(self, index: int, chunk: Chunk, tally: Tally) -> list[dict[str, Any]]:
+        """Adds a chunk of a choice; returns its events."""
+
+    def last(self, job: Job) -> list[dict[str, Any]]:
+        """The events after the last chunk."""
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        """The whole answer, after the last chunk."""
+
+    def failed(self, error: APIError) -> dict[str, Any]:
+        """The last event of an answer that ends early."""
+
+
+class Completions:
+    """Answers of /v1/chat/completions and /v1/completions; see `Answer`.
+
+    In a stream, each choice begins with its role and ends with its finish reason.
+    """
+
+    end = "data: [DONE]\n\n"
+
+    def __init__(self, model: str, choices: list[Choice], *, chat: bool, usage: bool):
+        """Gives it an id.
+
+        Args:
+            model: name of the model.
+            choices: take the chunks.
+            chat: which of the two paths.
+            usage: whether a stream ends with token counts.
+        """
+        self._choices, self._chat, self._usage = choices, chat, usage
         self._kind, prefix = (
             ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
         )
-        self._piece = f"{self._kind}.chunk" if chat else self._kind
+        self._piece_kind = f"{self._kind}.chunk" if chat else self._kind
         name = f"{prefix}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
-        """The whole answer with all choices."""
+    def add(self, index: int, chunk: Chunk, tally: Tally) -> list[dict[str, Any]]:
+        """See `Answer`."""
+        choice, events = self._choices[index], list[dict[str, Any]]()
+        if chunk.generated_tokens == 1:
+            events.append(self._piece(index, {"role": "assistant", "content": ""}))
+        said, reasoning, token = choice.add(chunk)
+        delta = {"content": said} if said else {}
+        if reasoning:
+            delta["reasoning_content"] = reasoning
+        facts = tally.facts_of(chunk)
+        logprobs = self._logprobs([token] if token else [])
+        events.append(self._piece(index, delta, logprobs=logprobs, dash=facts))
+        if chunk.finish_reason is not None:
+            if choice.calls:
+                calls = [{"index": number, **call} for number, call in enumerate(choice.calls)]
+                events.append(self._piece(index, {"tool_calls": calls}))
+            reason = choice.finished(tally.finish_reason)
+            events.append(self._piece(index, {}, reason, dash=tally.facts()))
+        return events
+
+    def last(self, job: Job) -> list[dict[str, Any]]:
+        """See `Answer`."""
+        head = {**self._head, "object": self._piece_kind, "choices": []}
+        return [{**head, "usage": job.usage}] if self._usage else []
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        """See `Answer`."""
         found = [
             {
                 "index": index,
-                "finish_reason": choice.finished(reason),
+                "finish_reason": choice.finished(tally.finish_reason),
                 "logprobs": self._logprobs(choice.tokens),
                 **self._content(choice),
             }
-            for index, (choice, reason) in enumerate(zip(choices, reasons, strict=True))
+            for index, (choice, tally) in enumerate(zip(self._choices, job.tallies, strict=True))
         ]
-        return {**self._head, "object": self._kind, "choices": found, **more}
+        facts = {"usage": job.usage, "dash": job.tallies[0].facts()}
+        return {**self._head, "object": self._kind, "choices": found, **facts}
 
-    def piece(
+    def failed(self, error: APIError) -> dict[str, Any]:
+        """See `Answer`."""
+        return error.body()
+
+    def _piece(
         self,
         index: int,
-        text: str | None,
+        delta: dict[str, Any],
         reason: str | None = None,
-        token: TokenLogprobs | None = None,
-        calls: Sequence[dict[str, Any]] = (),
-        reasoning: str = "",
+        logprobs: dict[str, Any] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """A piece of a choice.
-
-        Args:
-            index: index of the choice.
-            text: text of the piece; None begins the choice.
-            reason: finish reason; ends the choice.
-            token: log probabilities of the piece.
-            calls: tool calls.
-            reasoning: reasoning text.
-            more: additional fields of the answer.
-        """
-        logprobs = self._logprobs([token] if token else [])
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
-        if not self._chat:
-            choice["text"] = text or ""
-        elif text is None:
-            choice["delta"] = {"role": "assistant", "content": ""}
-        else:
-            choice["delta"] = {"content": text} if text else {}
-            if reasoning:
-                choice["delta"]["reasoning_content"] = reasoning
-            if calls:
-                numbered = [{"index": number, **call} for number, call in enumerate(calls)]
-                choice["delta"]["tool_calls"] = numbered
-        return {**self._head, "object": self._piece, "choices": [choice], **more}
+        """An event of a choice, with additional fields of the answer."""
+        content = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice = {"index": index, "finish_reason": reason, "logprobs": logprobs, **content}
+        return {**self._head, "object": self._piece_kind, "choices": [choice], **more}
 
     def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not tokens:
@@ -182,10 +224,6 @@ class Answer:
             ],
             "text_offset": [token.offset for token in tokens],
         }
-
-    def usage(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """The last piece of a stream that asked for it."""
-        return {**self._head, "object": self._piece, "choices": [], "usage": counts}
 
     def _content(self, choice: Choice) -> dict[str, Any]:
         if not self._chat:

@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -36,6 +36,7 @@ from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.page import page
 from dash_onnx.serve.pool import Source
+from dash_onnx.serve.responses import ResponsesRequest
 from dash_onnx.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
 from dash_onnx.serve.tools import Support, decoded, support_of, with_tools
@@ -43,6 +44,7 @@ from dash_onnx.serve.tools import Support, decoded, support_of, with_tools
 _LOG = logging.getLogger(__name__)
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
 _LONG_BYTES = 256 << 10  # of a request whose text takes much memory while it is tokenized
+_Body = TypeVar("_Body", bound=GenerationRequest)
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -75,6 +77,7 @@ def create_app(
         Route("/v1/models/{name:path}", server.show_model),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
+        Route("/v1/responses", server.respond, methods=["POST"]),
     ]
     middleware = [Middleware(_Requests, service=service)]
     if origins:
@@ -92,8 +95,6 @@ def create_app(
         code, told = _CODES.get(error.status_code, "invalid_request"), error.detail
         if error.status_code == 404:
             told = "no such path: base_url ends with /v1, docs/guide/serve.md lists what is served"
-            if request.url.path.endswith("/responses"):
-                told = "/v1/responses does not exist: let the client use /v1/chat/completions"
         return APIError(error.status_code, told, code, error.headers).response()
 
     @contextlib.asynccontextmanager
@@ -209,8 +210,12 @@ class _Server:
         }
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatRequest)
-        assert isinstance(body, ChatRequest)
+        return await self._chat(request, await self._body(request, ChatRequest))
+
+    async def respond(self, request: Request) -> Response:
+        return await self._chat(request, await self._body(request, ResponsesRequest))
+
+    async def _chat(self, request: Request, body: ChatRequest) -> Response:
         name = self._named(body.model)
         with refusing():
             text = await self.service.pool.text(name)
@@ -240,19 +245,19 @@ class _Server:
         most = None if body.parallel_tool_calls else 1
         tagged = options.grammar is not None
         choices = [Choice(text, tools, most, tagged=tagged) for _ in range(body.n)]
+        answer = body.answer(name, choices)
         raw = begun_answer(asked) != ""
-        return await self._answer(request, name, prompt, options, body, choices, raw=raw)
+        return await self._answer(request, prompt, options, body, answer, raw=raw)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionRequest)
-        assert isinstance(body, CompletionRequest)
         name = self._named(body.model)
         with refusing():
             text = await self.service.pool.text(name)
             options = await asyncio.to_thread(body.options, self.service.limits.max_tokens)
             prompt = await self._encoded(request, lambda: text.encode(body.prompt))
-        choices = [Choice(text, []) for _ in range(body.n)]
-        return await self._answer(request, name, prompt, options, body, choices, raw=True)
+        answer = body.answer(name, [Choice(text, []) for _ in range(body.n)])
+        return await self._answer(request, prompt, options, body, answer, raw=True)
 
     async def _encoded(self, request: Request, encode: Callable[[], Ids]) -> Ids:
         """The prompt; of long ones, one at a time, because each may take hundreds of MB."""
@@ -264,7 +269,7 @@ class _Server:
             finally:
                 await asyncio.to_thread(release_memory)
 
-    async def _body(self, request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
+    async def _body(self, request: Request, kind: type[_Body]) -> _Body:
         self._check_caller(request)
         if self.service.draining:
             raise APIError(503, "the server is shutting down", "shutting_down")
@@ -302,31 +307,25 @@ class _Server:
     async def _answer(
         self,
         request: Request,
-        name: str,
         prompt: Ids,
         options: GenerationOptions,
         body: GenerationRequest,
-        choices: list[Choice],
+        answer: Answer,
         *,
         raw: bool,
     ) -> Response:
-        answer = Answer(name, chat=isinstance(body, ChatRequest))
-        tallies = [Tally(before=time.monotonic()), *(Tally() for _ in choices[1:])]
+        name = self._named(body.model)
+        tallies = [Tally(before=time.monotonic()), *(Tally() for _ in range(body.n - 1))]
         job = Job(name, prompt, options, tallies, raw=raw)
         chunks = self.service.generate(job, _left(request))
         with refusing():  # a refusal before the first token has its own HTTP status
             if body.stream:
                 first = await anext(chunks)
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                stream = request.state, job, chunks, first, answer, choices
-                return EventStream(*stream, usage=usage)
+                return EventStream(request.state, job, chunks, first, answer)
             async with contextlib.aclosing(chunks):
                 async for index, chunk in chunks:
-                    choices[index].add(chunk)
-        reasons = [tally.finish_reason for tally in tallies]
-        return JSONResponse(
-            answer.whole(choices, reasons, usage=job.usage, dash=tallies[0].facts())
-        )
+                    answer.add(index, chunk, tallies[index])
+        return JSONResponse(answer.whole(job))
 
     def _check_caller(self, request: Request) -> None:
         if self._only_here and not is_trusted(_host(request)):

@@ -11,6 +11,7 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.answer import Answer, Choice, Completions
 from dash_onnx.serve.calls import SPECIAL
 from dash_onnx.serve.tools import call_or_answer, checked_tools, forced_call
 
@@ -51,7 +52,7 @@ Count = Annotated[Annotated[int, Field(ge=1)] | None, _NONE]
 """A number of tokens; -1 sets no limit."""
 
 
-class _Object(BaseModel):
+class JSONObject(BaseModel):
     """A JSON object in which null means that a field is absent, as clients write it."""
 
     @model_validator(mode="before")
@@ -62,14 +63,16 @@ class _Object(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
-class StreamOptions(_Object):
+class StreamOptions(JSONObject):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ResponseFormat(_Object):
+class ResponseFormat(JSONObject):
     """What an answer must look like; `regex` and `lark` are ours, `schema` is llama.cpp's."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
     json_schema: dict[str, Any] = {}
@@ -106,14 +109,14 @@ class ResponseFormat(_Object):
         return schema
 
 
-class TextPart(_Object):
+class TextPart(JSONObject):
     """A piece of text."""
 
     type: Literal["text"] = "text"
     text: str
 
 
-class Prediction(_Object):
+class Prediction(JSONObject):
     """Text that the answer is likely to contain."""
 
     type: Literal["content"]
@@ -127,7 +130,7 @@ class Prediction(_Object):
         return "".join(part.text for part in self.content)
 
 
-class GenerationRequest(_Object):
+class GenerationRequest(JSONObject):
     """Fields of both kinds of requests; unlike in OpenAI's server, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="allow")
@@ -188,6 +191,11 @@ class GenerationRequest(_Object):
             max_new_tokens=min(wanted, limit),
             grammar=self.response_format.form(),
         )
+
+    def answer(self, name: str, choices: list[Choice]) -> Answer:
+        """An empty answer, whose choices take the text of the named model."""
+        usage = bool(self.stream_options and self.stream_options.include_usage)
+        return Completions(name, choices, chat=isinstance(self, ChatRequest), usage=usage)
 
 
 class ChatRequest(GenerationRequest):

@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from prometheus_client import Counter as Metric
 
-from dash_onnx.core.actions import ACTIONS, Action, ActionPath
+from dash_onnx.core.actions import ACTIONS, Action, ActionPath, path_letters
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
@@ -29,6 +29,7 @@ from dash_onnx.serve.pool import ModelPool, ServedModel, Source
 from dash_onnx.serve.running import Deliver, until_done
 
 _PATHS = 1 << 10  # cached, as most tokens take one of a few
+_letters = lru_cache(_PATHS)(path_letters)
 
 
 class Metrics:
@@ -75,6 +76,14 @@ class Tally:
     actions: Counter[str] = field(default_factory=Counter)
     accepted: int = 0  # draft tokens of the request's prediction
     rejected: int = 0  # those that were rejected
+
+    def facts_of(self, chunk: Chunk) -> dict[str, Any]:
+        """Our additional field in the event of the last token."""
+        return {
+            "path": _letters(chunk.path),
+            "ms": round(chunk.ms, 3),
+            "cost": round(self.last, 4),
+        }
 
     def facts(self) -> dict[str, Any]:
         """Our additional field in an answer."""

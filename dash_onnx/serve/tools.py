@@ -89,13 +89,21 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     """
     found = []
     for tool in tools:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function = _function_of(tool)
+        if not isinstance(function.get("name"), str):
             raise PolicyError("a tool must be {type: function, function: {name, parameters}}")
         if not isinstance(function.get("parameters") or {}, Mapping):
             raise PolicyError("the parameters of a tool must be a JSON schema, an object")
         found.append({"type": "function", "function": dict(function)})
     return found
+
+
+def _function_of(tool: Any) -> Mapping[str, Any]:
+    """The function of a tool or of a choice; the fields of its own, as in /v1/responses."""
+    if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+        return {}
+    function = tool.get("function", {k: v for k, v in tool.items() if k != "type"})
+    return function if isinstance(function, Mapping) else {}
 
 
 def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,8 +169,7 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
         return None
     allowed = [tool["function"] for tool in tools]
     if choice != "required":
-        function = choice.get("function") if isinstance(choice, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        name = _function_of(choice).get("name")
         allowed = [function for function in allowed if function["name"] == name]
     if not allowed:
         known = "no tools were sent" if not tools else "none of the tools has that name"
@@ -243,7 +250,7 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     calls = []
     for call in message["tool_calls"]:
         function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping):
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise PolicyError("a tool call must be {type: function, function: {name, arguments}}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
