@@ -134,7 +134,7 @@ def training_phases(
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # the same, and backward twice
         ("costs", 12.0, 1000 * _parameters(facts)),
         ("policy table", 0.0, _ROUNDING * ROWS * layers),
-        ("static search", 0.0, plan.candidates * search),
+        ("static search", 0.0, _ROUNDING * plan.candidates * search),
         ("static table", 0.0, _ROUNDING * paths * layers),
         ("table losses", 0.0, (ROWS + paths) * heads),
     ]

@@ -25,6 +25,7 @@ from families import (
     write_text,
 )
 from safetensors.torch import load_file, save_file
+from test_environment import PROMPT, case_of, runtime_logits
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import dash_onnx
@@ -33,7 +34,7 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
 from dash_onnx.core.errors import DashError, DeviceError, SourceError, UnsupportedError
-from dash_onnx.core.facts import Target
+from dash_onnx.core.facts import INT8_INPUTS, Target
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -214,6 +215,24 @@ def test_a_rare_expert_is_rounded_as_well_as_the_others(pair: Pair) -> None:
         wanted = linear.weight.float().view(count, -1)
         errors = (dequantized - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert errors.max() < 1.2 * errors.min() < 0.2
+
+
+def test_the_training_rounds_inputs_of_experts_as_their_kernels_do(
+    night: Path, tmp_path: Path
+) -> None:
+    source = save_random(tmp_path / "source", QWEN3)
+    options = ExportOptions(
+        variants=("int8", "int4"), accuracy_level=INT8_INPUTS, wide=False, calibration=(night,)
+    )
+    export(str(source), tmp_path / "bundle", options)
+    case, ids = case_of(tmp_path / "bundle"), torch.tensor(random_ids(40))[None]
+    for action in range(2):
+        path, errors = (action,) * LAYERS, []
+        wanted = runtime_logits(case, ids[0], torch.tensor(path).expand(ids.shape[1], -1))
+        for case.env.model.rounds_inputs in (False, True):
+            ours = case.env.model.logits(case.env.run_path(ids, path))[0, PROMPT:].numpy()
+            errors.append(np.median(np.abs(ours - wanted)))
+        assert errors[1] < errors[0] / 5  # a near-tie may choose another expert
 
 
 def test_inputs_of_all_tokens_round_experts_better_than_the_nearest_level(

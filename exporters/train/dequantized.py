@@ -267,7 +267,7 @@ class DequantizedModel:
         if "router" in layers:
             assert self._block.experts is not None
             choice_bias = self._vectors[layer].get("choice_bias")
-            added = experts_of(layers, choice_bias, self._block.experts, read)
+            added = experts_of(layers, choice_bias, self._block.experts, read, self._input)
         if "gate_up_proj" in layers:
             mlp = self._mlp(layer, action, read)
             if "shared_gate" in layers:
@@ -368,10 +368,14 @@ class DequantizedModel:
         return 1.0 if cap is None else cap - logits.square() / cap
 
     def _product(self, x: Tensor, linear: StoredLinear) -> Tensor:
-        if self.rounds_inputs and linear.block_size:
-            rounded = _rounded(x.detach(), linear.block_size)
-            x = x + (rounded - x).detach() if x.requires_grad else rounded  # gradients as without
-        return F.linear(x, linear.weight, linear.bias)
+        return F.linear(self._input(x, linear), linear.weight, linear.bias)
+
+    def _input(self, x: Tensor, linear: StoredLinear) -> Tensor:
+        """What a linear layer multiplies, `[..., K]`: rounded, if it is."""
+        if not self.rounds_inputs or not linear.block_size:
+            return x
+        rounded = _rounded(x.detach(), linear.block_size)
+        return x + (rounded - x).detach() if x.requires_grad else rounded  # gradients as without
 
 
 def _rounded(x: Tensor, block_size: int) -> Tensor:

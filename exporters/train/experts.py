@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from dash_onnx.core.block import Experts
-from dash_onnx.exporters.architectures.base import Linear
+from dash_onnx.exporters.train.stored import StoredLinear
 
 F = torch.nn.functional
 
 
 def experts_of(
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, StoredLinear],
     choice_bias: torch.Tensor | None,
     sizes: Experts,
     x: torch.Tensor,
+    rounded: Callable[[torch.Tensor, StoredLinear], torch.Tensor],
 ) -> torch.Tensor:
     """The weighted sum of each token's experts.
 
@@ -25,6 +26,7 @@ def experts_of(
         choice_bias: see `Mixture`.
         sizes: sizes of the experts.
         x: input of the router and the experts, `[..., D]`.
+        rounded: the input of an expert's product, as its kernel rounds it.
 
     Returns:
         `[..., D]`; the gradient flows through the weights of the chosen experts, not their choice.
@@ -47,18 +49,18 @@ def experts_of(
     total = torch.zeros_like(rows)
     for expert in chosen.unique().tolist():
         row, place = torch.where(chosen == expert)
-        both = F.linear(rows[row], up[expert], up_bias[expert])
+        both = F.linear(rounded(rows[row], layers["experts_up"]), up[expert], up_bias[expert])
         gate, value = both.unflatten(-1, (-1, 2)).unbind(-1)
         if (limit := sizes.limit) is not None:
             gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
         opened = gate * (sizes.gate_slope * gate).sigmoid() * (value + sizes.up_offset)
-        added = F.linear(opened, down[expert], down_bias[expert])
+        added = F.linear(rounded(opened, layers["experts_down"]), down[expert], down_bias[expert])
         total = total.index_add(0, row, (added * weights[row, place, None]).to(total.dtype))
     return total.view_as(x)
 
 
 def _apart(
-    linear: Linear, sizes: Experts
+    linear: StoredLinear, sizes: Experts
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
     """Weights and biases of each expert."""
     bias = linear.bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,9 +61,9 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     with trainer.autocast():
         table, static = tables(trainer, scorer, manifest, rounding)
     # INT4 is fitted to the text that it was calibrated on, and loses more on any other.
-    texts, calibrated = trainer.options.texts, manifest.calibration.source.split(", ")
-    known = {*calibrated, *(name.rpartition("@")[0] for name in calibrated)}  # without weights
-    seen = not texts or any(text.content.name in known for text in texts)
+    texts, calibrated = trainer.options.texts, manifest.calibration.source
+    names = (re.escape(text.content.name) for text in texts)
+    seen = not texts or any(re.search(rf"(^|, ){one}(@|, |$)", calibrated) for one in names)
     margin = OTHER_TEXT if seen else 1.0
     facts = replace(
         facts,
