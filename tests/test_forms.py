@@ -609,6 +609,11 @@ def _items(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
     arguments = "function_call_arguments"
     deltas = [f"{arguments}.delta", f"{arguments}.done"]
     assert kinds == ["output_item.added", *deltas, "output_item.done"]
+    with client.responses.with_streaming_response.create(
+        input=talk, tool_choice=named, **more, stream=True
+    ) as stream:
+        silent = [*stream.iter_lines()].count(":")
+    assert silent > 5  # a proxy would close a connection that is silent while a call is written
     talk += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "7"}]
     found = client.responses.create(input=talk, max_output_tokens=4, **more)
     assert found.usage is not None and found.usage.output_tokens <= 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from test_forms import SCHEMA, fits
@@ -12,10 +13,12 @@ from test_serve import client, scored, server  # noqa: F401
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.answer import Choice
 from dash_onnx.serve.errors import APIError
 from dash_onnx.serve.responses import ResponsesAnswer, ResponsesRequest
-from dash_onnx.serve.service import Tally
+from dash_onnx.serve.schema import ChatRequest
+from dash_onnx.serve.service import Job, Tally
 
 ASKED: Any = {"model": "tiny", "input": "the keeper counts", "max_output_tokens": 8}
 
@@ -93,8 +96,10 @@ def test_items_of_one_turn_become_one_message() -> None:
     ]
     calls = [{"id": name, "type": "function", "function": call} for name in "12"]
     assert ResponsesRequest(input=items, instructions="I").prompt() == [
-        {"role": "system", "content": "I"},
-        {"role": "system", "content": "Be brief."},
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": text} for text in ("I", "\n\n", "Be brief.")],
+        },
         {"role": "user", "content": items[1]["content"]},
         {
             "role": "assistant",
@@ -111,17 +116,20 @@ def test_items_of_one_turn_become_one_message() -> None:
         ResponsesRequest(input=[{"type": "image_generation_call"}]).prompt()
 
 
-def pieces_of(model: Model, *pieces: tuple[str, str]) -> tuple[ResponsesAnswer, list[Any]]:
+def pieces_of(
+    model: Model, *pieces: tuple[str, str], reason: str = "stop", **fields: Any
+) -> tuple[ResponsesAnswer, list[Any]]:
     """An answer and its events, from thoughts and text of each token."""
     tool = {"type": "function", "function": {"name": "count"}}
-    answer = ResponsesAnswer("m", Choice(model.text, [tool]), ResponsesRequest(input="x"))
+    body = ResponsesRequest(input="x", **fields)
+    answer = ResponsesAnswer("m", Choice(model.text, [tool]), body)
     events = list[Any]()
     for number, (reasoning, text) in enumerate(pieces, 1):
-        ended = "stop" if number == len(pieces) else None
+        ended = reason if number == len(pieces) else None
         facts = {"token": 5, "thinking": bool(reasoning), "logprobs": None, "path": (), "ms": 1.0}
         given = {"reasoning": reasoning, "text": text, "finish_reason": ended, **facts}
         chunk: Any = SimpleNamespace(generated_tokens=number, **given)
-        events += answer.add(0, chunk, Tally())
+        events += answer.add(0, chunk, Tally(finish_reason=reason))
     return answer, events
 
 
@@ -148,6 +156,53 @@ def test_space_alone_is_a_message_only_if_there_is_no_call(
     assert [item["type"] for item in done] == kinds
 
 
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_thoughts_are_a_summary_if_one_is_asked_for(tiny_model: Model, summary: Any) -> None:
+    told = [("Hm", ""), ("?", ""), ("", "A")]
+    answer, events = pieces_of(tiny_model, *told, reasoning={"summary": summary})
+    name = "reasoning_summary_text" if summary else "reasoning_text"
+    deltas = [event["delta"] for event in events if event["type"] == f"response.{name}.delta"]
+    assert deltas == ["Hm", "?"]
+    item = answer.whole(job_of(1))["output"][0]
+    field, kind = ("summary", "summary_text") if summary else ("content", "reasoning_text")
+    assert item[field] == [{"type": kind, "text": "Hm?"}]
+
+
+@pytest.mark.parametrize("cut", ["<think>", "<tool_call>"])
+def test_an_answer_that_the_limit_cuts_off_has_no_message_that_it_did_not_begin(
+    tiny_model: Model, cut: str
+) -> None:
+    told = ("Hm", "") if cut == "<think>" else ("", "<tool_call>\n")
+    answer, _ = pieces_of(tiny_model, ("", ""), told, reason="length")
+    response = answer.whole(job_of(2, "length"))
+    assert (response["status"], response["incomplete_details"]["reason"]) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    kinds = [(item["type"], item["status"]) for item in response["output"]]
+    assert kinds == ([("reasoning", "incomplete")] if cut == "<think>" else [])
+
+
+def job_of(tokens: int, reason: str = "stop") -> Job:
+    """The generation of an answer."""
+    tally = Tally(finish_reason=reason, prompt_tokens=3, generated_tokens=tokens)
+    return Job("m", np.array([1, 2, 3]), GenerationOptions(), [tally])
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["chat", "responses"])
+def test_only_allowed_tools_may_be_called(own: bool) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in "abc"]
+    given: Any = {"mode": "required", "tools": tools[1:]}
+    if not own:
+        tools = [{"type": "function", **tool["function"]} for tool in tools]
+        given["tools"] = tools[1:]
+    choice = {"type": "allowed_tools", **({"allowed_tools": given} if own else given)}
+    fields: Any = {"tools": tools, "tool_choice": choice}
+    request = ChatRequest(messages=[], **fields) if own else ResponsesRequest(input="x", **fields)
+    assert [tool["function"]["name"] for tool in request.offered] == ["b", "c"]
+    assert request._tools[1] == "required"
+
+
 def test_an_error_in_a_stream_has_both_forms_that_clients_read(tiny_model: Model) -> None:
     answer, events = pieces_of(tiny_model, ("", "a"), ("", "b"))
     told = answer.failed(APIError(504, "too long", "timeout"))
@@ -164,6 +219,8 @@ def test_an_error_in_a_stream_has_both_forms_that_clients_read(tiny_model: Model
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "a tool call must be"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
         ({"tools": [{"type": "web_search"}]}, "a tool must be"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": 3}}, "needs a mode and a list"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "content of a reasoning item"),
         ({"extra_body": {"n": 2}}, "n: /v1/responses has one answer"),
         ({"extra_body": {"prompt": {"id": "p"}}}, "prompt: nothing is stored"),
     ],

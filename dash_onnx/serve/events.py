@@ -19,6 +19,7 @@ from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.service import Job
 
 _LOG = logging.getLogger(__name__)
+_COMMENT = ":\n\n"  # keeps a proxy from closing a silent connection
 _GRACE_S = 1.0  # seconds to report a timeout after the deadline
 _JSON = json.JSONEncoder(check_circular=False).encode  # some clients end a line at U+2028, too
 
@@ -66,7 +67,8 @@ class EventStream(Response):
         answer = self._answer
 
         def told(index: int, chunk: Chunk) -> str:
-            return _events(answer.add(index, chunk, self._job.tallies[index]))
+            found = answer.add(index, chunk, self._job.tallies[index])
+            return _events(found) or _COMMENT
 
         async def write(text: str, *, more: bool = True) -> None:
             try:

@@ -5,10 +5,11 @@ Nothing is stored: a client sends the whole conversation, as to /v1/chat/complet
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -22,11 +23,43 @@ from dash_onnx.serve.service import Job, Tally
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
 _STORED = ("previous_response_id", "conversation", "prompt", "background")
-_PARTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "reasoning": ("rs", "reasoning_text", {}, {"summary": []}),
-    "message": ("msg", "output_text", {"annotations": [], "logprobs": []}, {"role": "assistant"}),
-}
-"""Items with text: the prefix of their ids, the type of their part, and its and their fields."""
+
+
+class _Kind(NamedTuple):
+    """How an item with text is told.
+
+    Attributes:
+        prefix: of its id.
+        field: of the item that has the text's part.
+        event: events of the text.
+        part_event: events of the part.
+        part: the part, without text.
+        item: other fields of the item.
+    """
+
+    prefix: str
+    field: str
+    event: str
+    part_event: str
+    part: dict[str, Any]
+    item: dict[str, Any]
+
+
+_MESSAGE = _Kind(
+    *("msg", "content", "output_text", "content_part"),
+    {"type": "output_text", "annotations": [], "logprobs": []},
+    {"type": "message", "role": "assistant"},
+)
+_THOUGHTS = _Kind(
+    *("rs", "content", "reasoning_text", "content_part"),
+    {"type": "reasoning_text"},
+    {"type": "reasoning", "summary": []},
+)
+_SUMMARY = _Kind(
+    *("rs", "summary", "reasoning_summary_text", "reasoning_summary_part"),
+    {"type": "summary_text"},
+    {"type": "reasoning"},
+)
 
 
 class TextOptions(JSONObject):
@@ -36,9 +69,10 @@ class TextOptions(JSONObject):
 
 
 class Reasoning(JSONObject):
-    """How much a model thinks."""
+    """How much a model thinks, and whether its thoughts are told as a summary."""
 
     effort: str = ""
+    summary: str = ""
 
 
 def _listed(given: Any) -> Any:
@@ -60,9 +94,10 @@ class ResponsesRequest(ChatRequest):
     @model_validator(mode="after")
     def _as_chat(self) -> ResponsesRequest:
         self.max_tokens = self.max_output_tokens or self.max_tokens
-        self.response_format = self.text.format
-        self.reasoning_effort = self.reasoning.effort
-        self.logprobs = _LOGPROBS in self.include or self.top_logprobs is not None
+        self.reasoning_effort = self.reasoning.effort or self.reasoning_effort
+        self.logprobs |= _LOGPROBS in self.include or self.top_logprobs is not None
+        if "format" in self.text.model_fields_set:
+            self.response_format = self.text.format
         return self
 
     def options(self, limit: int) -> GenerationOptions:
@@ -76,15 +111,26 @@ class ResponsesRequest(ChatRequest):
         return super().options(limit)
 
     def prompt(self) -> list[dict[str, Any]]:
-        """See `ChatRequest`."""
+        """See `ChatRequest`; instructions and the system messages after them are one message."""
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
         self.messages = [*told, *_messages_of(self.input)]
-        return super().prompt()
+        found = super().prompt()
+        system = [*itertools.takewhile(lambda message: message["role"] == "system", found)]
+        if not told or len(system) == 1:
+            return found
+        contents = (_parts(message.get("content") or "") for message in system)
+        one = [part for content in contents for part in (*content, *_parts("\n\n"))][:-1]
+        return [{"role": "system", "content": one}, *found[len(system) :]]
 
     def answer(self, name: str, choices: list[Choice]) -> Answer:
         """See `GenerationRequest`."""
         (choice,) = choices
         return ResponsesAnswer(name, choice, self)
+
+
+def _parts(content: Any) -> list[Any]:
+    """The content of a message as a list of parts."""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _messages_of(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,6 +155,8 @@ def _messages_of(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "reasoning":
             parts = item.get("content") or item.get("summary") or []
+            if not isinstance(parts, list):
+                raise PolicyError("input: the content of a reasoning item must be a list")
             thoughts = "".join(
                 str(part.get("text", "")) for part in parts if isinstance(part, dict)
             )
@@ -140,6 +188,8 @@ class ResponsesAnswer:
         self._events, self._sent = list[dict[str, Any]](), 0
         self._space = ""  # that a message may begin with
         self._logprobs = list[dict[str, Any]]()  # not sent yet
+        self._thoughts = _SUMMARY if body.reasoning.summary else _THOUGHTS
+        self._open: _Kind | None = None  # of the last item, if it is not complete
         shape = body.text.format
         given = shape.model_dump(exclude_unset=True, by_alias=True)
         self._response = {
@@ -153,7 +203,10 @@ class ResponsesAnswer:
             "model": model,
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": {"effort": body.reasoning.effort or None, "summary": None},
+            "reasoning": {
+                "effort": body.reasoning.effort or None,
+                "summary": body.reasoning.summary or None,
+            },
             "store": False,
             "temperature": body.temperature,
             "text": {"format": {"type": shape.type, **given}},
@@ -175,16 +228,17 @@ class ResponsesAnswer:
             self._logprobs.append(token.content)
         facts = tally.facts_of(chunk)
         if reasoning:
-            self._write("reasoning", reasoning, facts)
+            self._write(self._thoughts, reasoning, facts)
         said = self._space + said
-        if said and (said.strip() or self._writes("message")):
-            self._write("message", said, facts)
+        if said and (said.strip() or self._open is _MESSAGE):
+            self._write(_MESSAGE, said, facts)
             said = ""
         self._space = said
         if chunk.finish_reason is not None:
-            if not choice.calls and all(item["type"] != "message" for item in self._items):
-                self._write("message", said, facts)
-            self._close("incomplete" if self._was_cut(tally) else "completed")
+            cut, told = self._was_cut(tally), any(one["type"] == "message" for one in self._items)
+            if not told and not choice.calls and not cut:
+                self._write(_MESSAGE, said, facts)
+            self._close("incomplete" if cut else "completed")
             for call in choice.calls:
                 self._call(call)
         return self._events
@@ -206,7 +260,10 @@ class ResponsesAnswer:
             "output": self._items,
             "usage": {
                 "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
+                "input_tokens_details": {
+                    **usage["prompt_tokens_details"],
+                    "cache_write_tokens": 0,
+                },
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": thoughts},
                 "total_tokens": usage["total_tokens"],
@@ -222,41 +279,34 @@ class ResponsesAnswer:
     def _was_cut(self, tally: Tally) -> bool:
         return self._choice.finished(tally.finish_reason) == "length"
 
-    def _writes(self, kind: str) -> bool:
-        """Whether the last item is of this kind, and not complete."""
-        if not self._items:
-            return False
-        return (self._items[-1]["type"], self._items[-1]["status"]) == (kind, "in_progress")
-
-    def _write(self, kind: str, text: str, facts: dict[str, Any]) -> None:
+    def _write(self, kind: _Kind, text: str, facts: dict[str, Any]) -> None:
         """Adds text to an item, after its beginning if it is a new one."""
-        if not self._writes(kind):
+        if self._open is not kind:
             self._close()
-            prefix, part_kind, part_fields, fields = _PARTS[kind]
-            part = {"type": part_kind, "text": "", **part_fields}
-            item = {"id": _id(prefix), "type": kind, "status": "in_progress", **fields}
-            self._begin({**item, "content": []})
-            self._items[-1] = {**item, "content": [part]}
-            self._tell_of_part("response.content_part.added", part={**part})
-        part = self._items[-1]["content"][0]
+            item = {"id": _id(kind.prefix), **kind.item, "status": "in_progress"}
+            self._begin({**item, kind.field: []})
+            self._open, part = kind, {**kind.part, "text": ""}
+            self._items[-1] = {**item, kind.field: [part]}
+            self._tell_of_part(f"{kind.part_event}.added", part={**part})
+        part, more = self._items[-1][kind.field][0], {}
         part["text"] += text
-        more = {}
-        if kind == "message":
+        if kind is _MESSAGE:
             more = {"logprobs": self._logprobs}
             part["logprobs"] = [*part["logprobs"], *self._logprobs]
             self._logprobs = []
-        self._tell_of_part(f"response.{part['type']}.delta", delta=text, dash=facts, **more)
+        self._tell_of_part(f"{kind.event}.delta", delta=text, dash=facts, **more)
 
     def _close(self, status: str = "completed") -> None:
         """Ends the last item, unless it is complete."""
-        if not self._items or self._items[-1]["status"] != "in_progress":
+        if (kind := self._open) is None:
             return
         item = self._items[-1]
-        part, item["status"] = item["content"][0], status
-        more = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
-        self._tell_of_part(f"response.{part['type']}.done", text=part["text"], **more)
-        self._tell_of_part("response.content_part.done", part=part)
+        part, item["status"] = item[kind.field][0], status
+        more = {"logprobs": part["logprobs"]} if kind is _MESSAGE else {}
+        self._tell_of_part(f"{kind.event}.done", text=part["text"], **more)
+        self._tell_of_part(f"{kind.part_event}.done", part=part)
         self._end(item)
+        self._open = None
 
     def _call(self, call: dict[str, Any]) -> None:
         """The item of a call."""
@@ -283,9 +333,11 @@ class ResponsesAnswer:
         self._tell("response.output_item.done", item=item, output_index=len(self._items) - 1)
 
     def _tell_of_part(self, kind: str, **fields: Any) -> None:
-        """An event of the text of the last item, its only part."""
+        """An event of the only part of the last item."""
+        assert self._open is not None
+        index = {f"{self._open.field}_index": 0}
         place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
-        self._tell(kind, content_index=0, **place, **fields)
+        self._tell(f"response.{kind}", **place, **index, **fields)
 
     def _tell(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})

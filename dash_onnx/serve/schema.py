@@ -13,7 +13,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.answer import Answer, Choice, Completions
 from dash_onnx.serve.calls import SPECIAL
-from dash_onnx.serve.tools import call_or_answer, checked_tools, forced_call
+from dash_onnx.serve.tools import allowed_tools, call_or_answer, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTEAD = {
@@ -236,12 +236,13 @@ class ChatRequest(GenerationRequest):
         Raises:
             PolicyError: there is no such tool, or the format is not JSON.
         """
-        call = forced_call(self.offered, self.tool_choice, codec)
-        if call is None and self.offered and options.grammar is not None:
+        tools, choice = self._tools
+        call = forced_call(tools, choice, codec)
+        if call is None and tools and options.grammar is not None:
             if (schema := self.response_format.schema_of_answer()) is None:
                 raise PolicyError("tools go with a response_format of JSON, no other grammar")
-            call = call_or_answer(self.offered, schema, codec)
-        shown = SPECIAL if self.offered else ()
+            call = call_or_answer(tools, schema, codec)
+        shown = SPECIAL if tools else ()
         return dataclasses.replace(options, grammar=call or options.grammar, special_tokens=shown)
 
     @property
@@ -251,7 +252,13 @@ class ChatRequest(GenerationRequest):
         Raises:
             PolicyError: a tool is not a function.
         """
-        return [] if self.tool_choice == "none" else checked_tools(self.tools)
+        return self._tools[0]
+
+    @property
+    def _tools(self) -> tuple[list[dict[str, Any]], Any]:
+        """Tools that may be called, and the choice among them."""
+        tools, choice = allowed_tools(checked_tools(self.tools), self.tool_choice)
+        return ([] if choice == "none" else tools), choice
 
     def prompt(self) -> list[dict[str, Any]]:
         """The messages, with roles that templates know, and without fields that hold nothing.

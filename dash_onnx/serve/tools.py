@@ -100,10 +100,25 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _function_of(tool: Any) -> Mapping[str, Any]:
     """The function of a tool or of a choice; the fields of its own, as in /v1/responses."""
-    if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+    if not isinstance(tool, Mapping) or (tool.get("type") or "function") != "function":
         return {}
     function = tool.get("function", {k: v for k, v in tool.items() if k != "type"})
     return function if isinstance(function, Mapping) else {}
+
+
+def allowed_tools(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], Any]:
+    """The tools that a choice of type `allowed_tools` leaves, and the choice among them.
+
+    Raises:
+        PolicyError: it has no list of tools.
+    """
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    given = choice.get("allowed_tools", choice)  # in /v1/responses, the fields are its own
+    if not isinstance(given, Mapping) or not isinstance(given.get("tools"), list):
+        raise PolicyError("tool_choice: allowed_tools needs a mode and a list of tools")
+    names = [_function_of(tool).get("name") for tool in given["tools"]]
+    return [tool for tool in tools if tool["function"]["name"] in names], given.get("mode")
 
 
 def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
