@@ -84,6 +84,8 @@ def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
         '<tool_call>{"name": "unknown"}</tool_call> and more [',
         "a < b [",
         'A "<tool_call>" and its "</tool_call>" are tags, <',
+        '{"name": "Ann", "age": 4',
+        '{"na',
     ],
 )
 def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> None:
@@ -92,6 +94,20 @@ def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> N
     last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
     choice.add(last)
     assert choice.text == text
+
+
+@pytest.mark.parametrize("rest", ['{"name": "', '{"name": "cou', '{"name": "count", "argu'])
+@pytest.mark.parametrize("called", [0, 1, 2])
+def test_a_call_without_tags_that_the_limit_cuts_off_is_no_text(
+    tiny_model: Model, called: int, rest: str
+) -> None:
+    choice = Choice(tiny_model.text, [{"type": "function", "function": {"name": "count"}}])
+    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
+    text = '{"name": "count", "arguments": {}}\n' * called + rest
+    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
+    choice.add(last)
+    assert (choice.text.strip(), len(choice.calls)) == ("", called)
+    assert choice.finished("length") == "length"
 
 
 def test_a_call_more_than_asked_for_may_be_cut_off(tiny_model: Model) -> None:

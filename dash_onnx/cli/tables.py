@@ -70,12 +70,12 @@ def summary(manifest: Manifest, out: Path) -> str:
     facts = manifest.export
     size = sum(file.bytes for file in manifest.files.values())
     lines += [
-        "scale, cosine: of a layer's output relative to its input; err: its relative error",
+        "scale, cosine: of a layer's output relative to its input; err: its relative error "
+        "against full",
         "",
         f"{manifest.model.name} -> {out}: {size / 1e6:.0f} MB in {facts.seconds:.0f} s, "
         f"peak memory {facts.peak_rss_bytes / 1e9:.2f} GB",
-        f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source}); "
-        "err: relative error of a layer's output against full",
+        f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
     ]
     if facts.fp32_kept:
         lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")

@@ -47,7 +47,8 @@ class Choice:
             most_calls: most calls that are returned; None returns all.
             tagged: see `CallReader`.
         """
-        self._most_calls, self._tools, self._cut = most_calls, bool(tools), False
+        self._most_calls, self._cut = most_calls, False
+        self._names = [tool["function"]["name"] for tool in tools]
         self._reader = CallReader(tools, tagged=tagged)
         self._codec = codec
         self._control = [word for word in SPECIAL if tools and word in codec.control]
@@ -72,8 +73,8 @@ class Choice:
         if chunk.finish_reason is not None:
             rest, calls = self._reader.finish()
             self.calls = calls[: self._most_calls]
-            if chunk.finish_reason == "length" and self._tools:
-                whole, rest = rest, before_cut_call(rest)
+            if chunk.finish_reason == "length" and self._names:
+                whole, rest = rest, before_cut_call(rest, self._names, further=bool(calls))
                 self._cut = rest != whole and len(self.calls) != self._most_calls
             said += rest
         for word in self._control:  # it could not come back in a message

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from dash_onnx.runtime.writer import begins
@@ -107,6 +107,7 @@ _KINDS = {
 _UNTYPED = {"string", "object", "array"}  # what a parameter may be if its schema names no type
 # What may follow a call.
 _AFTER = re.compile(rf"\s*[],]?\s*(?:{'|'.join(map(re.escape, filter(None, _CLOSES)))})?\s*")
+_BARE_OPEN = '{"name":"'  # without spaces
 _BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 
 
@@ -116,11 +117,21 @@ def recipient(text: str) -> str:
     return found[0] if found else ""
 
 
-def before_cut_call(text: str) -> str:
-    """A text without a call at its end that has begun, but does not end."""
+def before_cut_call(text: str, names: Collection[str], *, further: bool) -> str:
+    """A text without a call at its end that has begun, but does not end.
+
+    Args:
+        text: what is left of an answer that its limit cuts off.
+        names: names of the tools, for a call without tags.
+        further: whether calls come before the text.
+    """
     at = max(text.rfind(tag) for tag in (*_OPENS, _RECIPIENT))
-    ended = any(tag in text[at:] for tag in _CLOSES if tag)
-    return text if at < 0 or ended else text[:at]
+    if at >= 0 and not any(tag in text[at:] for tag in _CLOSES if tag):
+        return text[:at]
+    bare = "".join(text.split())
+    calls = (f'{_BARE_OPEN}{name}"' for name in names)
+    begun = any(call.startswith(bare) or bare.startswith(call) for call in calls)
+    return "" if bare and begun and (further or bare.startswith(_BARE_OPEN)) else text
 
 
 class CallReader:
