@@ -186,7 +186,7 @@ def test_an_answer_that_the_limit_cuts_off_has_no_message_that_it_did_not_begin(
 def job_of(tokens: int, reason: str = "stop") -> Job:
     """The generation of an answer."""
     tally = Tally(finish_reason=reason, prompt_tokens=3, generated_tokens=tokens)
-    return Job("m", np.array([1, 2, 3]), GenerationOptions(), [tally])
+    return Job("m", [np.array([1, 2, 3])], GenerationOptions(), [tally])
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["chat", "responses"])

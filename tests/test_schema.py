@@ -58,9 +58,32 @@ def test_fields_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:  
     assert found.usage is not None and found.usage.completion_tokens == 4
     assert ChatRequest(messages=[], max_tokens=-1).max_tokens is None
     with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny", prompt=["a", "b"])
+        client.completions.create(model="tiny", prompt=[])
     with pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model="tiny", prompt="a", best_of=2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_texts_are_continued_in_one_request(client: openai.OpenAI, stream: bool) -> None:  # noqa: F811
+    prompts, more = ["the keeper", "ships that pass", "a"], {"temperature": 0.9, "seed": 3, "n": 2}
+    asked: Any = {"model": "tiny", "max_tokens": 5, **more}
+    alone = [client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+    wanted = [choice.text for one in alone for choice in one.choices]
+    counts = [one.usage for one in alone]
+    if stream:
+        usage: Any = {"stream_options": {"include_usage": True}}
+        pieces: Any = [*client.completions.create(prompt=prompts, **asked, **usage, stream=True)]
+        texts = [""] * 6
+        for piece in pieces[:-1]:
+            texts[piece.choices[0].index] += piece.choices[0].text
+        found = pieces[-1].usage
+    else:
+        whole: Any = client.completions.create(prompt=prompts, **asked)
+        assert [choice.index for choice in whole.choices] == [*range(6)]
+        texts, found = [choice.text for choice in whole.choices], whole.usage
+    assert texts == wanted
+    assert found.prompt_tokens == sum(one.prompt_tokens for one in counts if one)
+    assert found.completion_tokens == sum(one.completion_tokens for one in counts if one)
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -514,7 +514,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
         service = Service({"tiny": Source.of_model(tiny_model)}, Limits(parallel=1))
         prompt = tiny_model.text.encode("the keeper")
         options = GenerationOptions(policy="int8", max_new_tokens=200, speculate=speculate)
-        chunks = service.generate(Job("tiny", prompt, options, [Tally(), Tally()]), stays())
+        chunks = service.generate(Job("tiny", [prompt], options, [Tally(), Tally()]), stays())
         await anext(chunks)
         assert service.metrics.running._value.get() == 1
         task = asyncio.ensure_future(anext(chunks))

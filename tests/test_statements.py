@@ -34,7 +34,7 @@ from dash_onnx.runtime.profile_passes import CONTEXTS, HEAD_ROWS
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
 from dash_onnx.runtime.states import POINTS
 from dash_onnx.serve.limits import Limits
-from dash_onnx.serve.schema import REFUSED, ChatRequest, CompletionRequest
+from dash_onnx.serve.schema import MOST_PROMPTS, REFUSED, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parent.parent
 TOOLS = {
@@ -163,7 +163,8 @@ def test_the_guide_to_serving_states_the_limits_that_are_no_options() -> None:
     rows = re.findall(r"^\| \| (.*) \| ([\d,]+)(?: MB)? \|$", text_of("docs/guide/serve.md"), re.M)
     said = {what.split()[0]: int(limit) for what, limit in rows}
     (most,) = (m.le for m in ChatRequest.model_fields["n"].metadata if hasattr(m, "le"))
-    assert said == {"size": Limits().body_bytes >> 20, "strings": 16, "choices": most}
+    stated = {"size": Limits().body_bytes >> 20, "strings": 16, "choices": most}
+    assert said == {**stated, "texts": MOST_PROMPTS}
     for count, refused in ((16, False), (17, True)):
         request = CompletionRequest(prompt="a", stop=["b" * 1000] * count)
         with pytest.raises(PolicyError, match="16 strings of 1,000") if refused else nullcontext():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -247,7 +248,7 @@ class _Server:
         choices = [Choice(text, tools, most, tagged=tagged) for _ in range(body.n)]
         answer = body.answer(name, choices)
         raw = begun_answer(asked) != ""
-        return await self._answer(request, prompt, options, body, answer, raw=raw)
+        return await self._answer(request, [prompt], options, body, answer, raw=raw)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionRequest)
@@ -255,9 +256,12 @@ class _Server:
         with refusing():
             text = await self.service.pool.text(name)
             options = await asyncio.to_thread(body.options, self.service.limits.max_tokens)
-            prompt = await self._encoded(request, lambda: text.encode(body.prompt))
-        answer = body.answer(name, [Choice(text, []) for _ in range(body.n)])
-        return await self._answer(request, prompt, options, body, answer, raw=True)
+            prompts = [
+                await self._encoded(request, functools.partial(text.encode, one))
+                for one in body.prompt
+            ]
+        answer = body.answer(name, [Choice(text, []) for _ in range(body.n * len(prompts))])
+        return await self._answer(request, prompts, options, body, answer, raw=True)
 
     async def _encoded(self, request: Request, encode: Callable[[], Ids]) -> Ids:
         """The prompt; of long ones, one at a time, because each may take hundreds of MB."""
@@ -307,7 +311,7 @@ class _Server:
     async def _answer(
         self,
         request: Request,
-        prompt: Ids,
+        prompts: list[Ids],
         options: GenerationOptions,
         body: GenerationRequest,
         answer: Answer,
@@ -315,8 +319,13 @@ class _Server:
         raw: bool,
     ) -> Response:
         name = self._named(body.model)
-        tallies = [Tally(before=time.monotonic()), *(Tally() for _ in range(body.n - 1))]
-        job = Job(name, prompt, options, tallies, raw=raw)
+        now = time.monotonic()
+        # The first choice of a prompt runs it; the others reuse its K/V.
+        tallies = [
+            Tally(before=None if number % body.n else now)
+            for number in range(body.n * len(prompts))
+        ]
+        job = Job(name, prompts, options, tallies, raw=raw)
         chunks = self.service.generate(job, _left(request))
         with refusing():  # a refusal before the first token has its own HTTP status
             if body.stream:

@@ -44,6 +44,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _OPTIONS = {one.name for one in dataclasses.fields(GenerationOptions)}
 _SEEDS = 2**63
+MOST_PROMPTS = 32
+"""Most texts of a request."""
+
 _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all stop strings
 
 
@@ -276,19 +279,16 @@ class ChatRequest(GenerationRequest):
         return found
 
 
-def _only(prompt: Any) -> Any:
-    """The only text of a list, as clients for several texts send it."""
-    if not isinstance(prompt, list):
-        return prompt
-    if len(prompt) != 1:
-        raise ValueError("a request continues one text: send one for each")
-    return prompt[0]
+def _listed(prompt: Any) -> Any:
+    return [prompt] if isinstance(prompt, str) else prompt
 
 
 class CompletionRequest(GenerationRequest):
-    """A request to /v1/completions: text to continue."""
+    """A request to /v1/completions: texts to continue."""
 
-    prompt: Annotated[str, BeforeValidator(_only)]
+    prompt: Annotated[
+        list[str], BeforeValidator(_listed), Field(min_length=1, max_length=MOST_PROMPTS)
+    ]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     def options(self, limit: int) -> GenerationOptions:

@@ -102,30 +102,36 @@ class Job:
 
     Attributes:
         name: name of the bundle.
-        prompt: token ids of the prompt, `[S]`.
-        options: options of the generation; each choice is sampled with its own seed.
-        tallies: counts and costs of each choice.
+        prompts: token ids of each prompt, `[S]`.
+        options: options of the generation; each choice of a prompt is sampled with its own seed.
+        tallies: counts and costs of each choice of the first prompt, then of the others.
         until: deadline, by the clock of the event loop.
         raw: whether the prompt is text to continue: reasoning is not detected.
     """
 
     name: str
-    prompt: Ids
+    prompts: list[Ids]
     options: GenerationOptions
     tallies: list[Tally]
     until: float = math.inf
     raw: bool = False
 
     @property
+    def choices(self) -> int:
+        """Choices of each prompt."""
+        return len(self.tallies) // len(self.prompts)
+
+    @property
     def usage(self) -> dict[str, Any]:
         """Token counts, as in OpenAI's API."""
-        prompt = self.tallies[0].prompt_tokens
+        first = self.tallies[:: self.choices]
+        prompt = sum(tally.prompt_tokens for tally in first)
         answered = sum(tally.generated_tokens for tally in self.tallies)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": answered,
             "total_tokens": prompt + answered,
-            "prompt_tokens_details": {"cached_tokens": self.tallies[0].reused_tokens},
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in first)},
         }
         details = {}
         if self.options.expected:
@@ -271,9 +277,12 @@ class Service:
         policy = model.policy_of(options)
         await self.pool.prepare(served, policy)
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
+        number, choice = divmod(index, job.choices)
         if options.seed is not None:
-            options = replace(options, seed=options.seed + index)
-        made = await asyncio.to_thread(model.request, job.prompt, put, options, raw=job.raw)
+            options = replace(options, seed=options.seed + choice)
+        made = await asyncio.to_thread(
+            model.request, job.prompts[number], put, options, raw=job.raw
+        )
         batch.run(made)
         return made
 
