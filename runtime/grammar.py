@@ -40,7 +40,7 @@ def closed_schema(schema: Any) -> Any:
     """
     _llguidance()
     with _refusing():
-        return closed(schema, _holds)
+        return closed(schema, _kept)
 
 
 def with_options(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
@@ -55,15 +55,20 @@ def with_options(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
     return {**found, "x-guidance": _OPTIONS}
 
 
+def _kept(pattern: str) -> bool:
+    """Whether a pattern of a schema is kept."""
+    if not _holds(pattern):
+        _LOG.warning("grammar: pattern %.100r is left out, as a grammar cannot hold it", pattern)
+    return _holds(pattern)
+
+
 @lru_cache(1 << 10)
 def _holds(pattern: str) -> bool:
     """Whether a grammar can hold a pattern of a schema."""
     matcher = _llguidance().LLMatcher
     schema = json.dumps({"type": "string", "pattern": pattern})
     with contextlib.suppress(PolicyError), _refusing():
-        if not matcher.validate_grammar(matcher.grammar_from_json_schema(schema)):
-            return True
-    _LOG.warning("grammar: pattern %.100r is left out, as a grammar cannot hold it", pattern)
+        return not matcher.validate_grammar(matcher.grammar_from_json_schema(schema))
     return False
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 _DATA = ("const", "default", "enum", "examples")  # their values are no schemas
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
-_BESIDE = ("$ref", "anyOf", "oneOf", "if", "dependentSchemas")
-_MORE = ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties")
+_OTHERS = ("$ref", "anyOf", "oneOf", "if", "dependentSchemas")  # schemas of the same object
+_MORE = ("additionalProperties", "patternProperties", "minProperties")
 
 
 def closed(schema: Any, holds: Callable[[str], bool]) -> Any:
@@ -20,7 +20,7 @@ def closed(schema: Any, holds: Callable[[str], bool]) -> Any:
 
     Args:
         schema: the schema.
-        holds: whether a grammar can hold a regular expression; a `pattern` that it cannot hold, as
+        holds: whether a grammar can hold a regular expression; a pattern that it cannot hold, as
             one with a look-ahead, is left out.
     """
     return _rewritten(schema, holds, close=not _combines(schema))
@@ -36,10 +36,10 @@ def _combines(schema: Any) -> bool:
         return any(map(_combines, schema))
     if not isinstance(schema, Mapping):
         return False
-    listed, all_of = isinstance(schema.get("properties"), Mapping), schema.get("allOf", ())
-    if listed and any(key in schema for key in ("allOf", *_BESIDE)):
-        return True
-    if isinstance(all_of, list) and len(all_of) > 1:
+    all_of = schema.get("allOf", [])
+    own = "properties" in schema or "required" in schema
+    several = own + sum(key in schema for key in _OTHERS)
+    if several + (len(all_of) if isinstance(all_of, list) else 1) > 1:
         return True
     return any(
         any(map(_combines, value.values()))
@@ -57,7 +57,10 @@ def _rewritten(schema: Any, holds: Callable[[str], bool], close: bool) -> Any:
     found = dict(schema)
     for key, value in _parts(schema).items():
         if key in _NAMED and isinstance(value, Mapping):
-            found[key] = {name: _rewritten(one, holds, close) for name, one in value.items()}
+            kept = [name for name in value if key != "patternProperties" or holds(name)]
+            found[key] = {name: _rewritten(value[name], holds, close) for name in kept}
+            if len(kept) < len(value) and schema.get("additionalProperties") is False:
+                del found["additionalProperties"]
         elif key == "pattern" and isinstance(value, str) and not holds(value):
             del found[key]
         else:
@@ -67,6 +70,7 @@ def _rewritten(schema: Any, holds: Callable[[str], bool], close: bool) -> Any:
         close
         and isinstance(listed, Mapping)
         and not any(key in schema for key in _MORE)
+        and not schema.get("unevaluatedProperties", False)
         and all(name in listed for name in required if isinstance(name, str))
     ):
         found["additionalProperties"] = False

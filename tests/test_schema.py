@@ -86,19 +86,38 @@ def test_several_texts_are_continued_in_one_request(client: openai.OpenAI, strea
     assert found.completion_tokens == sum(one.completion_tokens for one in counts if one)
 
 
-@pytest.mark.parametrize("called", [False, True])
-def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
-    tiny_model: Model, called: bool
-) -> None:
-    tool = {"type": "function", "function": {"name": "count"}}
-    call = '<tool_call>{"name": "count", "arguments": {}}</tool_call>'
-    choice = Choice(tiny_model.text, [tool])
+def ended(
+    model: Model, text: str, reason: str = "length", most: int | None = None
+) -> tuple[str, int, str]:
+    """The text of an answer, the number of its calls, and the reason that a client gets."""
+    tools = [{"type": "function", "function": {"name": "count"}}]
+    choice = Choice(model.text, tools, most)
     facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
-    text = f"Two [: {call * called}" + '<tool_call>{"name": "cou'
-    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
+    last: Any = SimpleNamespace(text=text, finish_reason=reason, **facts)
     choice.add(last)
-    assert (choice.text, len(choice.calls)) == ("Two [: ", called)
-    assert choice.finished("length") == "length"
+    return choice.text, len(choice.calls), choice.finished("stop" if reason == "stop" else "length")
+
+
+@pytest.mark.parametrize("reason", ["length", "context"])
+@pytest.mark.parametrize(
+    ("whole", "cut"),
+    [
+        ('<tool_call>{"name": "count", "arguments": {}}</tool_call>', '<tool_call>{"name": "cou'),
+        ("", "<tool_call>\n<function=count>\n<parameter=x>\n1"),  # Qwen3-Coder
+        ("", "<tool_call>count\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n"),  # GLM
+        ("<|tool_call_start|>[count(a=1), ", "count(b="),  # LFM2
+        ("<|tool_call_start|>[count(a=1), ", "cou"),
+        (
+            '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "count", "parameters": {}}, ',
+            '{"tool_call_id": "1", "tool_na',  # Command R7B
+        ),
+    ],
+)
+def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
+    tiny_model: Model, whole: str, cut: str, reason: str
+) -> None:
+    text, calls, told = ended(tiny_model, f"Two [: {whole}{cut}", reason)
+    assert (text.strip(), calls, told) == ("Two [:", bool(whole), "length")
 
 
 @pytest.mark.parametrize(
@@ -109,14 +128,11 @@ def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
         'A "<tool_call>" and its "</tool_call>" are tags, <',
         '{"name": "Ann", "age": 4',
         '{"na',
+        '<function name="area"><arg/></function> is XML, which has no',
     ],
 )
 def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> None:
-    choice = Choice(tiny_model.text, [{"type": "function", "function": {"name": "count"}}])
-    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
-    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
-    choice.add(last)
-    assert choice.text == text
+    assert ended(tiny_model, text) == (text, 0, "length")
 
 
 @pytest.mark.parametrize("rest", ['{"name": "', '{"name": "cou', '{"name": "count", "argu'])
@@ -124,34 +140,19 @@ def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> N
 def test_a_call_without_tags_that_the_limit_cuts_off_is_no_text(
     tiny_model: Model, called: int, rest: str
 ) -> None:
-    choice = Choice(tiny_model.text, [{"type": "function", "function": {"name": "count"}}])
-    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
     text = '{"name": "count", "arguments": {}}\n' * called + rest
-    last: Any = SimpleNamespace(text=text, finish_reason="length", **facts)
-    choice.add(last)
-    assert (choice.text.strip(), len(choice.calls)) == ("", called)
-    assert choice.finished("length") == "length"
+    assert ended(tiny_model, text) == ("", called, "length")
 
 
 def test_a_call_more_than_asked_for_may_be_cut_off(tiny_model: Model) -> None:
-    tool = {"type": "function", "function": {"name": "count"}}
     call = '<tool_call>{"name": "count", "arguments": {}}</tool_call>'
-    choice = Choice(tiny_model.text, [tool], 1)
-    facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
-    last: Any = SimpleNamespace(text=call + call[:20], finish_reason="length", **facts)
-    choice.add(last)
-    assert len(choice.calls) == 1 and choice.finished("length") == "tool_calls"
+    assert ended(tiny_model, call + call[:20], most=1) == ("", 1, "tool_calls")
 
 
 def test_only_one_call_is_returned_where_one_is_asked_for(tiny_model: Model) -> None:
-    tool = {"type": "function", "function": {"name": "count"}}
     text = '<tool_call>{"name": "count", "arguments": {}}</tool_call>' * 2
     for most in (None, 1):
-        choice = Choice(tiny_model.text, [tool], most)
-        facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
-        last: Any = SimpleNamespace(text=text, finish_reason="stop", **facts)
-        choice.add(last)
-        assert len(choice.calls) == (most or 2)
+        assert ended(tiny_model, text, "stop", most) == ("", most or 2, "tool_calls")
 
 
 # Log probabilities
@@ -259,6 +260,29 @@ PROPERTIES = {"name": {"type": "string"}, "age": {"type": "integer"}}
             '{"a": 1, "b": 1}',
         ),
         ({"type": "string", "pattern": "^[a-z]+$"}, '"ab"', '"AB"'),
+        (
+            {
+                "allOf": [{"$ref": "#/$defs/x"}],
+                "oneOf": [{"$ref": "#/$defs/y"}, {"type": "object", "required": ["c"]}],
+                "$defs": {
+                    "x": {"type": "object", "properties": {"a": {}}, "required": ["a"]},
+                    "y": {"type": "object", "properties": {"b": {}}, "required": ["b"]},
+                },
+            },
+            '{"a": 1, "b": 2}',
+            '{"a": 1}',
+        ),
+        (
+            {"type": "object", "required": ["a"], "anyOf": [{"properties": {"b": {}}}]},
+            '{"b": 2, "a": 1}',
+            '{"b": 2}',
+        ),
+        ({"oneOf": [{"type": "integer"}, {"properties": PROPERTIES}]}, '{"age": 1}', '{"b": 1}'),
+        (
+            {"properties": PROPERTIES, "unevaluatedProperties": False},
+            '{"age": 1}',
+            '{"age": 1, "b": 1}',
+        ),
         ({"const": {"properties": {}}}, '{"properties": {}}', '{"properties": {"a": 1}}'),
     ],
     ids=str,
@@ -281,6 +305,14 @@ def test_objects_have_the_properties_that_are_listed(
         ({"type": "object", "propertyNames": {"enum": ["a"]}}, "propertyNames"),
         ({"type": "string", "format": "path"}, "path"),
         ({"type": "string", "pattern": "^(?!a)b$"}, "pattern"),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^(?!a)b$": {}, "^b": {}},
+                "additionalProperties": False,
+            },
+            "pattern",
+        ),
         ({"not": {"type": "string"}}, "not"),
     ],
     ids=str,
@@ -289,8 +321,10 @@ def test_what_a_grammar_cannot_hold_is_left_out_with_a_warning(
     tiny_model: Model, schema: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     text = {"array": "[1, 1]", "object": '{"b": 1}'}.get(schema.get("type", ""), '"ab"')
-    assert accepts(tiny_model, schema, text)
-    assert warning in caplog.text
+    for _ in range(2):
+        caplog.clear()
+        assert accepts(tiny_model, schema, text)
+        assert warning in caplog.text
 
 
 def accepts(model: Model, schema: dict[str, Any], text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.calls import SPECIAL, CallReader, before_cut_call, recipient
+from dash_onnx.serve.calls import SPECIAL, CallReader, recipient
 from dash_onnx.serve.errors import APIError
 from dash_onnx.serve.service import Job, Tally
 
@@ -48,7 +48,6 @@ class Choice:
             tagged: see `CallReader`.
         """
         self._most_calls, self._cut = most_calls, False
-        self._names = [tool["function"]["name"] for tool in tools]
         self._reader = CallReader(tools, tagged=tagged)
         self._codec = codec
         self._control = [word for word in SPECIAL if tools and word in codec.control]
@@ -71,11 +70,9 @@ class Choice:
                 text, reasoning = header + reasoning, ""
         said = self._reader.add(text)
         if chunk.finish_reason is not None:
-            rest, calls = self._reader.finish()
+            rest, calls = self._reader.finish(limited=chunk.finish_reason != "stop")
             self.calls = calls[: self._most_calls]
-            if chunk.finish_reason == "length" and self._names:
-                whole, rest = rest, before_cut_call(rest, self._names, further=bool(calls))
-                self._cut = rest != whole and len(self.calls) != self._most_calls
+            self._cut = self._reader.cut and len(self.calls) != self._most_calls
             said += rest
         for word in self._control:  # it could not come back in a message
             said = said.replace(word, "")

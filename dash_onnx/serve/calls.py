@@ -117,25 +117,12 @@ def recipient(text: str) -> str:
     return found[0] if found else ""
 
 
-def before_cut_call(text: str, names: Collection[str], *, further: bool) -> str:
-    """A text without a call at its end that has begun, but does not end.
-
-    Args:
-        text: what is left of an answer that its limit cuts off.
-        names: names of the tools, for a call without tags.
-        further: whether calls come before the text.
-    """
-    at = max(text.rfind(tag) for tag in (*_OPENS, _RECIPIENT))
-    if at >= 0 and not any(tag in text[at:] for tag in _CLOSES if tag):
-        return text[:at]
-    bare = "".join(text.split())
-    calls = (f'{_BARE_OPEN}{name}"' for name in names)
-    begun = any(call.startswith(bare) or bare.startswith(call) for call in calls)
-    return "" if bare and begun and (further or bare.startswith(_BARE_OPEN)) else text
-
-
 class CallReader:
-    """Splits the text of an answer, as it arrives, into content and calls."""
+    """Splits the text of an answer, as it arrives, into content and calls.
+
+    Attributes:
+        cut: whether the answer ended inside a call.
+    """
 
     def __init__(self, tools: list[dict[str, Any]], *, tagged: bool = False):
         """Starts; without tools, all text is content.
@@ -147,6 +134,7 @@ class CallReader:
         functions = [tool["function"] for tool in tools]
         self._schemas = {one["name"]: one.get("parameters") or {} for one in functions}
         self._held, self._spoke, self._tagged = "", False, tagged
+        self._limited = self.cut = False
 
     def add(self, text: str) -> str:
         """Adds text; returns the part that is certainly content, as the rest may be a call."""
@@ -168,22 +156,29 @@ class CallReader:
         self._spoke = self._spoke or bool(said.strip())
         return said
 
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """The remaining content at the end, and the calls in OpenAI's form."""
-        said, calls, rest = "", [], self._held
-        self._held = ""
+    def finish(self, *, limited: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """The remaining content at the end, and the calls in OpenAI's form.
+
+        Args:
+            limited: whether a limit ended the answer, so that its last call may not be whole.
+        """
+        said, left, calls, rest = "", "", list[dict[str, Any]](), self._held
+        self._held, self._limited = "", limited
         while rest:
             found = _CALL.search(rest)
             at = found.start() if found else len(rest)
             call, end = self._call(found) if found else (None, 0)
             if call is None:
-                said, rest = said + rest[: at + 1], rest[at + 1 :]
+                left, rest = left + rest[: at + 1], rest[at + 1 :]
                 continue
-            said += _without_tag(rest[:at])
+            said, left = said + left + _without_tag(rest[:at]), ""
             calls.append(call)
             rest = rest[end:]
             rest = rest[_AFTER.match(rest).end() :]  # type: ignore[union-attr]
-        return said, calls
+        if limited and self._schemas:
+            whole, left = left, _before_cut_call(left, self._schemas, further=bool(calls))
+            self.cut = left != whole
+        return said + left, calls
 
     def _call(self, found: re.Match[str]) -> tuple[dict[str, Any] | None, int]:
         """The call that begins at a match of `_CALL`, if any, and where it ends."""
@@ -224,8 +219,11 @@ class CallReader:
             arguments[found["name"]] = _value(written[1] if written else found["value"], kinds)
             end = found.end()
         closed = _END.match(text, end)
-        whole = closed is not None and bool(closed["function"]) == bool(begun["function"])
-        return (name, arguments, closed.end()) if closed is not None and whole else None
+        if closed is None or bool(closed["function"]) != bool(begun["function"]):
+            return None
+        if self._limited and begun["keyed"] and closed.end() == len(text):
+            return None  # other arguments may follow
+        return name, arguments, closed.end()
 
 
 def _in_own_quotes(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
@@ -352,6 +350,27 @@ def _part(document: Any, ref: str) -> Any:
 
 def _member(data: Any, name: str) -> Any:
     return data.get(name) if isinstance(data, Mapping) else None
+
+
+def _before_cut_call(text: str, names: Collection[str], *, further: bool) -> str:
+    """A text without a call at its end that has begun, but does not end.
+
+    Args:
+        text: what is left of an answer that its limit cuts off.
+        names: names of the tools.
+        further: whether calls come before the text: a list of them may go on without a tag.
+    """
+    at = max(text.rfind(tag) for tag in (*_OPENS, _RECIPIENT))
+    if at >= 0 and not any(tag in text[at:] for tag in (*_CLOSES, "</function>") if tag):
+        return _without_tag(text[:at])
+    start, bare = text.lstrip(), "".join(text.split())
+    if further:
+        calls = (f"{name}(" for name in names)
+        begun = any(call.startswith(start) or start.startswith(call) for call in calls)
+        return "" if start.startswith("{") or (start and begun) else text
+    calls = (f'{_BARE_OPEN}{name}"' for name in names)
+    begun = any(call.startswith(bare) or bare.startswith(call) for call in calls)
+    return "" if begun and bare.startswith(_BARE_OPEN) else text
 
 
 def _without_tag(text: str) -> str:
