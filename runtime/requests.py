@@ -15,6 +15,7 @@ from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.conversation import Message, begun_answer, checked_messages
 from dash_onnx.core.errors import BundleError, ContextLengthError, PolicyError
+from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.core.thoughts import Thoughts
@@ -32,6 +33,35 @@ _BEFORE = 8  # ids of a text that decide how its continuation is decoded
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
+
+
+def checked_ids(ids: Ids | Sequence[int], model: ModelFacts) -> Ids:
+    """Ids as an array `[S]` int64.
+
+    Raises:
+        PolicyError: they are not valid ids of this model.
+        ContextLengthError: they do not fit the context.
+    """
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # nested lists
+        raise PolicyError("token ids must be a flat list of integers") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise PolicyError(f"token ids must be integers, not {array.dtype}")
+    array = array.astype(np.int64, copy=False)
+    if array.ndim != 1 or len(array) == 0:
+        if array.size == 0:
+            raise PolicyError("the prompt is empty, and no token precedes it")
+        raise PolicyError(f"the prompt is of shape {array.shape}, not a list of token ids")
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most >= model.vocab_size:
+        raise PolicyError(f"token ids must be in 0..{model.vocab_size - 1}; found {least}..{most}")
+    if len(array) > model.max_length:
+        raise ContextLengthError(
+            f"this model's maximum context length is {model.max_length} tokens, the prompt has "
+            f"{len(array)}; shorten it, or export with a longer --max-length"
+        )
+    return array
 
 
 class Requests:
@@ -161,34 +191,8 @@ class Requests:
         return self.checked(self.text.encode_chat(prompt, variables=variables))  # type: ignore[arg-type]
 
     def checked(self, ids: Ids | Sequence[int]) -> Ids:
-        """Ids as an array `[S]` int64.
-
-        Raises:
-            PolicyError: they are not valid ids of this model.
-            ContextLengthError: they do not fit the context.
-        """
-        try:
-            array = np.asarray(ids)
-        except ValueError:  # nested lists
-            raise PolicyError("token ids must be a flat list of integers") from None
-        if array.size and array.dtype.kind not in "iu":
-            raise PolicyError(f"token ids must be integers, not {array.dtype}")
-        array = array.astype(np.int64, copy=False)
-        if array.ndim != 1 or len(array) == 0:
-            if array.size == 0:
-                raise PolicyError("the prompt is empty, and no token precedes it")
-            raise PolicyError(f"the prompt is of shape {array.shape}, not a list of token ids")
-        model, least, most = self._manifest.model, int(array.min()), int(array.max())
-        if least < 0 or most >= model.vocab_size:
-            raise PolicyError(
-                f"token ids must be in 0..{model.vocab_size - 1}; found {least}..{most}"
-            )
-        if len(array) > model.max_length:
-            raise ContextLengthError(
-                f"this model's maximum context length is {model.max_length} tokens, the prompt has "
-                f"{len(array)}; shorten it, or export with a longer --max-length"
-            )
-        return array
+        """See `checked_ids`."""
+        return checked_ids(ids, self._manifest.model)
 
     def _control(self, words: Sequence[str]) -> frozenset[int]:
         """Ids of those of the words that are control tokens."""

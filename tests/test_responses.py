@@ -219,7 +219,11 @@ def test_an_error_in_a_stream_has_both_forms_that_clients_read(tiny_model: Model
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "a tool call must be"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
         ({"tools": [{"type": "web_search"}]}, "a tool must be"),
-        ({"tool_choice": {"type": "allowed_tools", "tools": 3}}, "needs a mode and a list"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": 3}}, "needs a list of tools"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "tools that were sent",
+        ),
         ({"input": [{"type": "reasoning", "content": 5}]}, "content of a reasoning item"),
         ({"extra_body": {"n": 2}}, "n: /v1/responses has one answer"),
         ({"extra_body": {"prompt": {"id": "p"}}}, "prompt: nothing is stored"),

@@ -9,7 +9,7 @@ import llguidance
 import openai
 import pytest
 from test_forms import SCHEMA, fits
-from test_serve import MESSAGES, client, scored, server  # noqa: F401
+from test_serve import MESSAGES, Server, client, metric, scored, server  # noqa: F401
 
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.model import Model
@@ -98,6 +98,26 @@ def ended(
     return choice.text, len(choice.calls), choice.finished("stop" if reason == "stop" else "length")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_is_too_long_is_refused_before_the_others_run(
+    client: openai.OpenAI,  # noqa: F811
+    stream: bool,
+) -> None:
+    asked: Any = {"model": "tiny", "prompt": ["a", "ships " * 300], "max_tokens": 4}
+    with pytest.raises(openai.BadRequestError, match="prompt 1: this model's maximum context"):
+        client.completions.create(**asked, stream=stream)
+
+
+def test_each_of_several_texts_runs_once(client: openai.OpenAI, server: Server) -> None:  # noqa: F811
+    texts = ["the keeper counts the ships " * 9, "at night nobody passes here " * 9]
+    before = metric(server, "dash_prompt_tokens_reused")
+    asked: Any = {"model": "tiny", "max_tokens": 3, "n": 3}
+    found = client.completions.create(prompt=texts, **asked)
+    assert found.usage is not None
+    reused = metric(server, "dash_prompt_tokens_reused") - before
+    assert reused > 0.9 * 2 * found.usage.prompt_tokens
+
+
 @pytest.mark.parametrize("reason", ["length", "context"])
 @pytest.mark.parametrize(
     ("whole", "cut"),
@@ -128,19 +148,30 @@ def test_a_call_that_the_limit_cuts_off_is_neither_text_nor_hidden(
         'A "<tool_call>" and its "</tool_call>" are tags, <',
         '{"name": "Ann", "age": 4',
         '{"na',
+        '<tool_call>{"name": "count", "arguments": {}}</tool_call>{"ships": 3} is what I expect',
         '<function name="area"><arg/></function> is XML, which has no',
     ],
 )
 def test_text_that_the_limit_cuts_off_is_kept(tiny_model: Model, text: str) -> None:
-    assert ended(tiny_model, text) == (text, 0, "length")
+    said = text.rpartition("{}}</tool_call>")[2]
+    assert ended(tiny_model, text)[0] == said
 
 
-@pytest.mark.parametrize("rest", ['{"name": "', '{"name": "cou', '{"name": "count", "argu'])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        '[{"name": "count',
+        '{"type": "function", "name": "',
+        '{"name": "',
+        '{"name": "cou',
+        '{"name": "count", "argu',
+    ],
+)
 @pytest.mark.parametrize("called", [0, 1, 2])
 def test_a_call_without_tags_that_the_limit_cuts_off_is_no_text(
     tiny_model: Model, called: int, rest: str
 ) -> None:
-    text = '{"name": "count", "arguments": {}}\n' * called + rest
+    text = '{"name": "count", "arguments": {}};\n' * called + rest
     assert ended(tiny_model, text) == ("", called, "length")
 
 

@@ -27,10 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.conversation import begun_answer
-from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.requests import checked_ids
 from dash_onnx.serve.answer import Answer, Choice
 from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.events import EventStream
@@ -256,10 +257,14 @@ class _Server:
         with refusing():
             text = await self.service.pool.text(name)
             options = await asyncio.to_thread(body.options, self.service.limits.max_tokens)
-            prompts = [
-                await self._encoded(request, functools.partial(text.encode, one))
-                for one in body.prompt
-            ]
+            prompts = []
+            for number, one in enumerate(body.prompt):
+                prompts.append(await self._encoded(request, functools.partial(text.encode, one)))
+                try:
+                    checked_ids(prompts[-1], self.service.pool.sources[name].manifest.model)
+                except DashError as error:
+                    told = f"prompt {number}: {error}" if len(body.prompt) > 1 else str(error)
+                    raise type(error)(told) from None
         answer = body.answer(name, [Choice(text, []) for _ in range(body.n * len(prompts))])
         return await self._answer(request, prompts, options, body, answer, raw=True)
 

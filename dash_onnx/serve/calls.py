@@ -106,8 +106,8 @@ _KINDS = {
 }
 _UNTYPED = {"string", "object", "array"}  # what a parameter may be if its schema names no type
 # What may follow a call.
-_AFTER = re.compile(rf"\s*[],]?\s*(?:{'|'.join(map(re.escape, filter(None, _CLOSES)))})?\s*")
-_BARE_OPEN = '{"name":"'  # without spaces
+_AFTER = re.compile(rf"\s*[],;]?\s*(?:{'|'.join(map(re.escape, filter(None, _CLOSES)))})?\s*")
+_BARE_OPENS = '{"name":"', '{"type":"function","name":"'  # without spaces
 _BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 
 
@@ -363,14 +363,13 @@ def _before_cut_call(text: str, names: Collection[str], *, further: bool) -> str
     at = max(text.rfind(tag) for tag in (*_OPENS, _RECIPIENT))
     if at >= 0 and not any(tag in text[at:] for tag in (*_CLOSES, "</function>") if tag):
         return _without_tag(text[:at])
-    start, bare = text.lstrip(), "".join(text.split())
+    bare = "".join(text.split()).removeprefix("[")
+    starts = [f'{opened}{name}"' for opened in _BARE_OPENS for name in names]
     if further:
-        calls = (f"{name}(" for name in names)
-        begun = any(call.startswith(start) or start.startswith(call) for call in calls)
-        return "" if start.startswith("{") or (start and begun) else text
-    calls = (f'{_BARE_OPEN}{name}"' for name in names)
-    begun = any(call.startswith(bare) or bare.startswith(call) for call in calls)
-    return "" if begun and bare.startswith(_BARE_OPEN) else text
+        starts += ['{"tool_name":"', '{"tool_call_id":"', *(f"{name}(" for name in names)]
+    begun = any(start.startswith(bare) or bare.startswith(start) for start in starts)
+    certain = further or bare.startswith(_BARE_OPENS)
+    return "" if bare and begun and certain and _in_json(text, text.find("{")) is None else text
 
 
 def _without_tag(text: str) -> str:

@@ -194,7 +194,7 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Yields the chunks of all choices of a request, each with the index of its choice.
 
-        The first choice runs the prompt; the others reuse its K/V.
+        The first choice of a prompt runs it; the others reuse its K/V.
 
         Args:
             job: the generation to run.
@@ -213,22 +213,26 @@ class Service:
 
         queue = asyncio.Queue[tuple[int, Chunk] | Exception]()
         runs: dict[int, Request[Chunk]] = {}
-        begun, ended = asyncio.Event(), [asyncio.Event() for _ in job.tallies]
+        begun = [asyncio.Event() for _ in job.prompts]
+        ended = [asyncio.Event() for _ in job.tallies]
 
         def put(index: int, piece: Chunk | Exception) -> None:
             queue.put_nowait(piece if isinstance(piece, Exception) else (index, piece))
-            begun.set()
+            begun[index // job.choices].set()
             if isinstance(piece, Exception) or piece.finish_reason is not None:
                 ended[index].set()
 
         async def run(index: int) -> None:
+            number, choice = divmod(index, job.choices)
             async with contextlib.AsyncExitStack() as needed:
                 if index == 0:
                     await needed.enter_async_context(self.slot())
                     job.until = asyncio.get_running_loop().time() + self.limits.seconds
                 else:
-                    await begun.wait()
+                    await begun[number if choice else 0].wait()
                 async with asyncio.timeout_at(job.until):
+                    if index >= self.limits.parallel:  # other requests wait for one round at most
+                        await ended[index - self.limits.parallel].wait()
                     if index:
                         await needed.enter_async_context(self.slot(further=True))
                     served = await needed.enter_async_context(self.pool.using(job.name))

@@ -110,15 +110,19 @@ def allowed_tools(tools: list[dict[str, Any]], choice: Any) -> tuple[list[dict[s
     """The tools that a choice of type `allowed_tools` leaves, and the choice among them.
 
     Raises:
-        PolicyError: it has no list of tools.
+        PolicyError: it has no mode, or no tool that was sent.
     """
     if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
         return tools, choice
     given = choice.get("allowed_tools", choice)  # in /v1/responses, the fields are its own
     if not isinstance(given, Mapping) or not isinstance(given.get("tools"), list):
-        raise PolicyError("tool_choice: allowed_tools needs a mode and a list of tools")
-    names = [_function_of(tool).get("name") for tool in given["tools"]]
-    return [tool for tool in tools if tool["function"]["name"] in names], given.get("mode")
+        raise PolicyError("tool_choice: allowed_tools needs a list of tools")
+    names, mode = [_function_of(tool).get("name") for tool in given["tools"]], given.get("mode")
+    found = [tool for tool in tools if tool["function"]["name"] in names]
+    if mode not in ("auto", "required") or not found:
+        told = "a mode, auto or required, and tools that were sent"
+        raise PolicyError(f"tool_choice: allowed_tools needs {told}")
+    return found, mode
 
 
 def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
