@@ -8,6 +8,8 @@ from typing import Any
 _DATA = ("const", "default", "enum", "examples")  # their values are no schemas
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
 _OTHERS = ("$ref", "anyOf", "oneOf", "if", "dependentSchemas")  # schemas of the same object
+_OWN = ("properties", "required", "patternProperties")
+_OPEN = ("additionalProperties", "unevaluatedProperties")
 _MORE = ("additionalProperties", "patternProperties", "minProperties")
 
 
@@ -37,7 +39,7 @@ def _combines(schema: Any) -> bool:
     if not isinstance(schema, Mapping):
         return False
     all_of = schema.get("allOf", [])
-    own = "properties" in schema or "required" in schema
+    own = any(key in schema for key in _OWN) or any(schema.get(key, False) for key in _OPEN)
     several = own + sum(key in schema for key in _OTHERS)
     if several + (len(all_of) if isinstance(all_of, list) else 1) > 1:
         return True
@@ -54,23 +56,24 @@ def _rewritten(schema: Any, holds: Callable[[str], bool], close: bool) -> Any:
         return [_rewritten(one, holds, close) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found = dict(schema)
+    found, dropped = dict(schema), False
     for key, value in _parts(schema).items():
         if key in _NAMED and isinstance(value, Mapping):
             kept = [name for name in value if key != "patternProperties" or holds(name)]
             found[key] = {name: _rewritten(value[name], holds, close) for name in kept}
-            if len(kept) < len(value) and schema.get("additionalProperties") is False:
-                del found["additionalProperties"]
+            dropped |= len(kept) < len(value)
         elif key == "pattern" and isinstance(value, str) and not holds(value):
             del found[key]
         else:
             found[key] = _rewritten(value, holds, close)
+    if dropped:  # what a left-out pattern allows must not fall under this
+        found.pop("additionalProperties", None)
     listed, required = schema.get("properties"), schema.get("required", ())
     if (
         close
         and isinstance(listed, Mapping)
         and not any(key in schema for key in _MORE)
-        and not schema.get("unevaluatedProperties", False)
+        and schema.get("unevaluatedProperties", False) is False
         and all(name in listed for name in required if isinstance(name, str))
     ):
         found["additionalProperties"] = False

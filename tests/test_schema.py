@@ -127,6 +127,7 @@ def test_each_of_several_texts_runs_once(client: openai.OpenAI, server: Server) 
         ("", "<tool_call>count\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n"),  # GLM
         ("<|tool_call_start|>[count(a=1), ", "count(b="),  # LFM2
         ("<|tool_call_start|>[count(a=1), ", "cou"),
+        ("<|tool_call_start|>[count(a=1), ", 'count(b={"name": "Ann"}, c="lo'),
         (
             '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "count", "parameters": {}}, ',
             '{"tool_call_id": "1", "tool_na',  # Command R7B
@@ -173,6 +174,11 @@ def test_a_call_without_tags_that_the_limit_cuts_off_is_no_text(
 ) -> None:
     text = '{"name": "count", "arguments": {}};\n' * called + rest
     assert ended(tiny_model, text) == ("", called, "length")
+
+
+def test_a_closing_tag_that_the_limit_cuts_off_is_no_text(tiny_model: Model) -> None:
+    text = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_c'
+    assert ended(tiny_model, text) == ("", 1, "tool_calls")
 
 
 def test_a_call_more_than_asked_for_may_be_cut_off(tiny_model: Model) -> None:
@@ -310,6 +316,20 @@ PROPERTIES = {"name": {"type": "string"}, "age": {"type": "integer"}}
         ),
         ({"oneOf": [{"type": "integer"}, {"properties": PROPERTIES}]}, '{"age": 1}', '{"b": 1}'),
         (
+            {
+                "type": "object",
+                "additionalProperties": True,
+                "anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}],
+            },
+            '{"a": 1, "c": 2}',
+            "[]",
+        ),
+        (
+            {"properties": PROPERTIES, "unevaluatedProperties": {}},
+            '{"age": 1, "b": 1}',
+            '{"age": "b"}',
+        ),
+        (
             {"properties": PROPERTIES, "unevaluatedProperties": False},
             '{"age": 1}',
             '{"age": 1, "b": 1}',
@@ -339,7 +359,7 @@ def test_objects_have_the_properties_that_are_listed(
         (
             {
                 "type": "object",
-                "patternProperties": {"^(?!a)b$": {}, "^b": {}},
+                "patternProperties": {"^(?!a)b$": {}, "^c": {}},
                 "additionalProperties": False,
             },
             "pattern",

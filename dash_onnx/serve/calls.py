@@ -178,6 +178,8 @@ class CallReader:
         if limited and self._schemas:
             whole, left = left, _before_cut_call(left, self._schemas, further=bool(calls))
             self.cut = left != whole
+            if calls and any(tag.startswith(left) for tag in _CLOSES):
+                left = ""  # the call is whole, its tag is not
         return said + left, calls
 
     def _call(self, found: re.Match[str]) -> tuple[dict[str, Any] | None, int]:
@@ -369,7 +371,8 @@ def _before_cut_call(text: str, names: Collection[str], *, further: bool) -> str
         starts += ['{"tool_name":"', '{"tool_call_id":"', *(f"{name}(" for name in names)]
     begun = any(start.startswith(bare) or bare.startswith(start) for start in starts)
     certain = further or bare.startswith(_BARE_OPENS)
-    return "" if bare and begun and certain and _in_json(text, text.find("{")) is None else text
+    whole = bare.startswith("{") and _in_json(text, text.find("{")) is not None
+    return "" if bare and begun and certain and not whole else text
 
 
 def _without_tag(text: str) -> str:

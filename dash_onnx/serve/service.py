@@ -231,11 +231,11 @@ class Service:
                 else:
                     await begun[number if choice else 0].wait()
                 async with asyncio.timeout_at(job.until):
+                    served = await needed.enter_async_context(self.pool.using(job.name))
                     if index >= self.limits.parallel:  # other requests wait for one round at most
                         await ended[index - self.limits.parallel].wait()
                     if index:
                         await needed.enter_async_context(self.slot(further=True))
-                    served = await needed.enter_async_context(self.pool.using(job.name))
                     runs[index] = await self._begun(served, job, index, partial(put, index))
                     needed.callback(runs[index].cancelled.set)
                     await ended[index].wait()
