@@ -478,20 +478,17 @@ def test_schemas_are_kept_over_the_api(client: openai.OpenAI) -> None:  # noqa: 
 def test_two_hundred_answers_of_a_schema_all_parse(tiny_model: Model) -> None:
     """At a temperature at which the model writes anything, eight at once."""
     form: Any = {"type": "json_schema", "json_schema": {"name": "ships", "schema": SCHEMA}}
-    server = Server({"tiny": tiny_model})  # noqa: F811
-    client = server.client()  # noqa: F811
+    with Server({"tiny": tiny_model}) as server:  # noqa: F811
+        client = server.client()
 
-    def ask(seed: int) -> str:
-        found = client.chat.completions.create(
-            model="tiny", messages=MESSAGES, response_format=form, temperature=3.0, seed=seed
-        )
-        return found.choices[0].message.content or ""
+        def ask(seed: int) -> str:
+            found = client.chat.completions.create(
+                model="tiny", messages=MESSAGES, response_format=form, temperature=3.0, seed=seed
+            )
+            return found.choices[0].message.content or ""
 
-    try:
         with ThreadPoolExecutor(8) as pool:
             assert [fits(text) for text in pool.map(ask, range(200))] == [True] * 200
-    finally:
-        server.stop()
 
 
 def test_log_probabilities_over_the_api(client: openai.OpenAI) -> None:  # noqa: F811
@@ -538,12 +535,9 @@ def test_a_call_that_is_asked_for_is_made(
 ) -> None:
     source = save_tiny(tmp_path / "long", max_position_embeddings=2048)
     with dash_onnx.load(export_tiny(source, calibration=(night,))) as model:
-        server = Server({"long": model})
-        try:
+        with Server({"long": model}) as server:
             _calls(server.client(), choice)
             _items(server.client(), choice)
-        finally:
-            server.stop()
 
 
 def test_a_tool_that_a_template_refuses_is_described_without_it(
@@ -559,16 +553,13 @@ def test_a_tool_that_a_template_refuses_is_described_without_it(
     described = "{% for tool in tools or [] %}{{ '// ' + tool.function.description }}{% endfor %}"
     monkeypatch.setattr(tiny_model.text, "chat_template", described + QWEN)
     monkeypatch.setattr(TextCodec, "encode", encode)
-    served = Server({"tiny": tiny_model})
     options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
-    try:
+    with Server({"tiny": tiny_model}) as served:
         for description in ({}, {"description": "Counts."}):
             function = {**TOOL["function"], **description}
             tools: Any = [{"type": "function", "function": function}]
             with pytest.raises(openai.BadRequestError, match="context"):  # of a tiny model
                 served.client().chat.completions.create(**options, tools=tools)
-    finally:
-        served.stop()
     first, second = (text for text in said if "count" in text)
     assert "You may call functions" in first and "//" not in first
     assert second.startswith("// Counts.")

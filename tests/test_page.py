@@ -58,9 +58,8 @@ def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("page") / "out")
     with dash_onnx.load(with_scorer(Path(folder)), policy="dash", budget=0.6) as model:
         short = Limits(max_tokens=16)  # two answers fit the context, whatever the policy chooses
-        server = Server({"out": model}, short)
-        yield server.url
-        server.stop()
+        with Server({"out": model}, short) as server:
+            yield server.url
 
 
 def chatted(url: str, *options: str) -> dict[str, Any]:
@@ -128,12 +127,9 @@ def test_the_slider_sends_what_the_bundle_supports(
 ) -> None:
     folder = prepare(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
     with dash_onnx.load(folder, policy=policy) as model:
-        server = Server({"out": model}, Limits(max_tokens=16))
-        try:
+        with Server({"out": model}, Limits(max_tokens=16)) as server:
             found = chatted(server.url)
             facts = httpx.get(f"{server.url}/v1/models").json()["data"][0]["dash"]
-        finally:
-            server.stop()
     assert found["slides"] == (sent is not None)
     first, second = found["asked"]
     assert not {"budget", "policy"} & first.keys()

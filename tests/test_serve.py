@@ -78,7 +78,10 @@ class Server:
     def terminate(self) -> None:
         self._server.handle_exit(signal.SIGTERM, None)
 
-    def stop(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self.join()
 
@@ -96,9 +99,9 @@ def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def server(scored: Model, tiny_model: Model) -> Iterator[Server]:
-    running = Server({"scored": scored, "tiny": tiny_model}, Limits(parallel=2, max_tokens=200))
-    yield running
-    running.stop()
+    limits = Limits(parallel=2, max_tokens=200)
+    with Server({"scored": scored, "tiny": tiny_model}, limits) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +170,10 @@ def test_several_choices_and_a_seed(client: openai.OpenAI) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(parallel=2, waiting=1))
     messages = [{"role": "user", "content": "the keeper counts the ships that pass " * 4}]
     options: Any = {"model": "tiny", "messages": messages, "max_tokens": 12, "n": 4}
     options["extra_body"] = {**OURS, "response_format": NO_END}
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=2, waiting=1)) as running:
         pieces = [*running.client().chat.completions.create(**options, stream=True)]
         order = [piece.choices[0].index for piece in pieces if piece.choices]
         changes = sum(one != other for one, other in itertools.pairwise(order))
@@ -186,8 +188,6 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
         details = whole.usage.prompt_tokens_details
         assert details is not None and details.cached_tokens is not None
         assert whole.usage.prompt_tokens - 8 <= details.cached_tokens < whole.usage.prompt_tokens
-    finally:
-        running.stop()
 
 
 @pytest.mark.parametrize("running", [1, 2])
@@ -195,7 +195,6 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
 def test_choices_wait_for_each_other_and_no_request_for_ever(
     running: int, speculate: bool, tiny_model: Model
 ) -> None:
-    server = Server({"tiny": tiny_model}, Limits(parallel=running, waiting=4, seconds=20))
     body = {
         "prompt": "the keeper",
         "max_tokens": 6,
@@ -204,39 +203,33 @@ def test_choices_wait_for_each_other_and_no_request_for_ever(
         "policy": "int8",
         **OURS,
     }
+    with Server({"tiny": tiny_model}, Limits(parallel=running, waiting=4, seconds=20)) as server:
 
-    def ask(_: int) -> httpx.Response:
-        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+        def ask(_: int) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
 
-    try:
         with ThreadPoolExecutor(4) as pool:
             answers = [*pool.map(ask, range(4))]
         assert [answer.status_code for answer in answers] == [200] * 4
         assert {len(answer.json()["choices"]) for answer in answers} == {3}
         assert metric(server, "dash_running") == metric(server, "dash_waiting") == 0
-    finally:
-        server.stop()
 
 
 @pytest.mark.usefixtures("slow")
 def test_a_client_that_leaves_ends_choices_that_wait(tiny_model: Model) -> None:
-    server = Server({"tiny": tiny_model}, Limits(parallel=1, seconds=20))
     body = {"prompt": "the keeper", "max_tokens": 200, "n": 4, "response_format": NO_END, **OURS}
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=1, seconds=20)) as server:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
         begun = time.monotonic()
         while metric(server, "dash_running"):
             assert time.monotonic() - begun < 2  # of the sixteen that it would take
             time.sleep(0.05)
-    finally:
-        server.stop()
 
 
 def test_a_choice_that_fails_ends_its_request(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = Server({"tiny": tiny_model}, Limits(parallel=2))
     body = {"prompt": "the keeper", "max_tokens": 30, "n": 3, "temperature": 1, "seed": 1}
     begun: list[int] = []
     request = Model.request
@@ -248,15 +241,13 @@ def test_a_choice_that_fails_ends_its_request(
         return request(self, *given, **more)
 
     monkeypatch.setattr(Model, "request", third_fails)
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=2)) as running:
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
         assert answer.status_code == 400
         assert "no such luck" in answer.text
         assert metric(running, "dash_running") == 0
         body["n"] = 1
         assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 200
-    finally:
-        running.stop()
 
 
 def test_budgets_and_drafts_are_ours(client: openai.OpenAI) -> None:
@@ -331,9 +322,9 @@ def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Server]:
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
         needed = model.bytes_to_load()
-    running = Server(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
-    yield running
-    running.stop()
+    limits = Limits(memory_bytes=needed * 3 // 2)
+    with Server(open_bundles(folders, policy="int8"), limits) as running:
+        yield running
 
 
 def test_a_bundle_loads_when_it_is_asked_for_and_takes_the_place_of_an_idle_one(
@@ -381,33 +372,27 @@ def test_a_bundle_in_use_stays_loaded(
 
 
 def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
-    running = Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1000))
-    try:
+    with Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1000)) as running:
         with pytest.raises(openai.BadRequestError, match="more than"):  # a retry helps none
             running.client().completions.create(model=tiny_bundle.name, prompt="the", max_tokens=2)
-    finally:
-        running.stop()
 
 
 def test_a_policy_that_memory_does_not_hold_is_refused(tiny_bundle: Path) -> None:
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
         needed = model.bytes_to_load()
     limits = Limits(memory_bytes=needed * 5 // 4)
-    running = Server(open_bundles([tiny_bundle], policy="int8"), limits)
-    client, options = running.client(), {"model": "", "prompt": "the", "max_tokens": 2}
-    try:
+    with Server(open_bundles([tiny_bundle], policy="int8"), limits) as running:
+        client, options = running.client(), {"model": "", "prompt": "the", "max_tokens": 2}
         assert client.completions.create(**options)  # type: ignore[call-overload]
         with pytest.raises(openai.BadRequestError, match="ask for another policy"):
             client.completions.create(**options, extra_body={"policy": "full"})  # type: ignore[call-overload]
         assert client.completions.create(**options)  # type: ignore[call-overload]
-    finally:
-        running.stop()
 
 
 def test_answers_go_on_while_the_graphs_of_another_policy_load(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, names = Server(open_bundles([tiny_bundle], policy="int8")), []
+    names: list[str] = []
     session = Sessions._get
 
     def watched(sessions: Sessions, path: str, *rest: Any, **options: Any) -> Any:
@@ -416,24 +401,20 @@ def test_answers_go_on_while_the_graphs_of_another_policy_load(
         return session(sessions, path, *rest, **options)
 
     monkeypatch.setattr(Sessions, "_get", watched)
-    try:
+    with Server(open_bundles([tiny_bundle], policy="int8")) as running:
         for policy in ("int4", "full", "random:1"):
             body = {"prompt": "the", "max_tokens": 4, "policy": policy}
             assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 200
-    finally:
-        running.stop()
     assert names and "batch" not in names
 
 
 def test_a_folder_that_keeps_nothing_is_told_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("no folder")
-    running = Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1 << 30, prefix_folder=file))
-    try:
+    limits = Limits(memory_bytes=1 << 30, prefix_folder=file)
+    with Server(open_bundles([tiny_bundle]), limits) as running:
         found = httpx.post(f"{running.url}/v1/completions", json={"prompt": "the"})
         assert found.status_code == 503 and "choose another folder" in found.text
-    finally:
-        running.stop()
 
 
 @pytest.fixture
@@ -452,24 +433,20 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_ends_in_words(tiny_model: Model, stream: bool) -> None:
-    running = Server({"tiny": tiny_model}, Limits(seconds=0.3))
     body = {"prompt": "the keeper", "max_tokens": 200, "stream": stream}
-    try:
+    with Server({"tiny": tiny_model}, Limits(seconds=0.3)) as running:
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
         assert "it took longer than 0.3 s" in answer.text
         assert metric(running, "dash_running ") == 0
-    finally:
-        running.stop()
 
 
 def test_a_reader_that_is_too_slow_loses_its_place(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(seconds=5, parallel=1))
-    running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = {"messages": MESSAGES, "max_tokens": 230, "stream": True, "logprobs": True}
     content = json.dumps({**body, "top_logprobs": 20, "response_format": NO_END}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
     head += "\r\nContent-Type: application/json\r\n\r\n"
-    try:
+    with Server({"tiny": tiny_model}, Limits(seconds=5, parallel=1)) as running:
+        running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             reader.connect(running.socket.getsockname())
@@ -482,8 +459,6 @@ def test_a_reader_that_is_too_slow_loses_its_place(tiny_model: Model) -> None:
                 time.sleep(0.1)
             assert metric(running, name) == 1
             assert metric(running, "dash_running ") == 0
-    finally:
-        running.stop()
 
 
 @pytest.mark.usefixtures("slow")
@@ -532,20 +507,16 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
 
 @pytest.mark.usefixtures("slow")
 def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(parallel=1, seconds=0.4))
     body = {"prompt": "the keeper", "max_tokens": 12, "n": 3}
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=1, seconds=0.4)) as running:
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
         assert answer.status_code == 504
-    finally:
-        running.stop()
 
 
 @pytest.mark.usefixtures("slow")
 def test_a_client_that_leaves_the_queue_gives_up_its_place(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1))
     body = {"prompt": "the keeper", "max_tokens": 200, "stream": True}
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1)) as running:
         with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as first:
             lines = first.iter_lines()
             next(lines)
@@ -555,8 +526,6 @@ def test_a_client_that_leaves_the_queue_gives_up_its_place(tiny_model: Model) ->
             while metric(running, "dash_waiting ") and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert metric(running, "dash_waiting ") == 0
-    finally:
-        running.stop()
 
 
 def test_json_that_names_no_tool_is_text() -> None:
@@ -648,19 +617,17 @@ def test_control_tokens_in_the_arguments_of_a_call_are_refused(
 def test_messages_are_searched_while_other_requests_are_served(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, threads = Server({"tiny": tiny_model}), []
+    threads: list[threading.Thread] = []
 
     def watched(*given: Any) -> None:
         threads.append(threading.current_thread())
         check_words(*given)
 
     monkeypatch.setattr("dash_onnx.serve.app.check_words", watched)
-    try:
+    with Server({"tiny": tiny_model}) as running:
         body = {"messages": MESSAGES, "max_tokens": 1}
         assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
         assert threads and running._thread not in threads
-    finally:
-        running.stop()
 
 
 # Load
@@ -702,18 +669,17 @@ def test_answers_at_once_are_those_alone(client: openai.OpenAI, tiny_model: Mode
 def test_a_greedy_answer_is_the_same_alone_and_among_seven_others(
     tiny_model: Model, scored: Model
 ) -> None:
-    running = Server({"tiny": tiny_model, "scored": scored}, Limits(parallel=8))
-    client = running.client()
+    with Server({"tiny": tiny_model, "scored": scored}, Limits(parallel=8)) as running:
+        client = running.client()
 
-    def ask(model: str, number: int, ours: dict[str, Any]) -> list[str]:
-        """The tokens, streamed, so that all answers are under way at once."""
-        messages: Any = [{"role": "user", "content": f"the keeper counts {number} ships"}]
-        pieces = client.chat.completions.create(
-            model=model, messages=messages, max_tokens=40, stream=True, extra_body=ours
-        )
-        return [piece.choices[0].delta.content or "" for piece in pieces]
+        def ask(model: str, number: int, ours: dict[str, Any]) -> list[str]:
+            """The tokens, streamed, so that all answers are under way at once."""
+            messages: Any = [{"role": "user", "content": f"the keeper counts {number} ships"}]
+            pieces = client.chat.completions.create(
+                model=model, messages=messages, max_tokens=40, stream=True, extra_body=ours
+            )
+            return [piece.choices[0].delta.content or "" for piece in pieces]
 
-    try:
         for model, ours in (
             ("tiny", {"policy": "int8"}),
             ("scored", {"budget": "balanced"}),
@@ -724,8 +690,6 @@ def test_a_greedy_answer_is_the_same_alone_and_among_seven_others(
                 together = [*pool.map(lambda n: ask(model, n, ours), range(100, 108))]  # noqa: B023
                 again = [*pool.map(lambda n: ask(model, n, ours), range(8))]  # noqa: B023
             assert again == alone and together != alone
-    finally:
-        running.stop()
 
 
 @pytest.mark.usefixtures("slow")
@@ -740,23 +704,19 @@ def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
         return call(loop, *given, **options)
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted)
-    running = Server({"tiny": tiny_model}, Limits(parallel=rows))
     body = {"prompt": "the keeper", "max_tokens": tokens, "response_format": NO_END, **OURS}
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=rows)) as running:
         with ThreadPoolExecutor(rows) as pool:
             found = pool.map(
                 lambda _: httpx.post(f"{running.url}/v1/completions", json=body, timeout=30),
                 range(rows),
             )
             assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [30] * 4
-    finally:
-        running.stop()
     assert tokens <= woken[0] < 2 * tokens  # alone each of them would wake it 30 times
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> None:
-    server = Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1))
-    try:
+    with Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1)) as server:
         body = {"messages": MESSAGES, "max_tokens": 200}
 
         def ask(_: int) -> httpx.Response:
@@ -764,8 +724,6 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> N
 
         with ThreadPoolExecutor(16) as pool:
             found = [*pool.map(ask, range(32))]
-    finally:
-        server.stop()
     assert {response.status_code for response in found} == {200, 429}
     refused = next(response for response in found if response.status_code == 429)
     assert int(refused.headers["retry-after"]) > 0
@@ -776,15 +734,12 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> N
 
 
 def test_a_key_is_needed_where_one_is_set(tiny_model: Model) -> None:
-    server = Server({"tiny": tiny_model}, key="sesame")
-    try:
+    with Server({"tiny": tiny_model}, key="sesame") as server:
         with pytest.raises(openai.AuthenticationError):
             server.client("other").models.list()
         assert [model.id for model in server.client("sesame").models.list()] == ["tiny"]
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         assert httpx.get(f"{server.url}/health").status_code == 200
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize(
@@ -841,20 +796,16 @@ def test_no_request_is_an_error_of_the_server(server: Server, cases: int) -> Non
 
 
 def test_a_key_of_any_letters_is_told_from_others(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, key="s\u00e9same")
-    try:
+    with Server({"tiny": tiny_model}, key="s\u00e9same") as running:
         for key, status in (("s\u00e9same", 200), ("sesame", 401), ("s\u00e8same", 401)):
             headers = {"authorization": f"Bearer {key}".encode()}
             assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == status
-    finally:
-        running.stop()
 
 
 def test_a_page_whose_name_leads_here_gets_nothing(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, only_here=True)
-    port = running.url.rpartition(":")[2]
     body = {"prompt": "the", "max_tokens": 1}
-    try:
+    with Server({"tiny": tiny_model}, only_here=True) as running:
+        port = running.url.rpartition(":")[2]
         for host, status in (
             (f"127.0.0.1:{port}", 200),
             (f"localhost:{port}", 200),
@@ -870,8 +821,6 @@ def test_a_page_whose_name_leads_here_gets_nothing(tiny_model: Model) -> None:
             assert httpx.get(f"{running.url}/v1/models", **given).status_code == status, host
             found = httpx.post(f"{running.url}/v1/completions", json=body, **given)
             assert found.status_code == status, host
-    finally:
-        running.stop()
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
@@ -886,8 +835,7 @@ def test_what_a_web_page_may_send_unasked_is_refused(kind: str, server: Server) 
 def test_web_pages_of_other_origins_are_let_in_only_where_told(
     tiny_model: Model, server: Server
 ) -> None:
-    running = Server({"tiny": tiny_model}, origins=("https://app.example",))
-    try:
+    with Server({"tiny": tiny_model}, origins=("https://app.example",)) as running:
         for url, origin, allowed in (
             (running.url, "https://app.example", "https://app.example"),
             (running.url, "https://else.example", None),
@@ -896,8 +844,6 @@ def test_web_pages_of_other_origins_are_let_in_only_where_told(
             headers = {"origin": origin, "access-control-request-method": "POST"}
             found = httpx.options(f"{url}/v1/chat/completions", headers=headers)
             assert found.headers.get("access-control-allow-origin") == allowed
-    finally:
-        running.stop()
 
 
 def test_what_is_no_exception_ends_a_request_all_the_same(
@@ -997,13 +943,10 @@ def test_every_request_is_counted_once(server: Server, tiny_model: Model) -> Non
 
 
 def test_a_batch_that_has_died_is_no_health(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model})
-    try:
+    with Server({"tiny": tiny_model}) as running:
         (served,) = running.app.state.service.pool._served.values()
         served.batch.close()
         assert httpx.get(f"{running.url}/health").status_code == 503
-    finally:
-        running.stop()
 
 
 def test_the_page_and_unknown_paths(server: Server) -> None:
@@ -1076,24 +1019,26 @@ def test_the_command_serves_and_ends_with_sigterm(
 def test_a_real_model_answers_alike_alone_and_among_others(trained_bundle: Path) -> None:
     """But where two tokens were nearly as likely: several rows run in other kernels than one."""
     # The wide form is more exact than INT4: with it the answers differ by what that loses.
-    running = Server(open_bundles([trained_bundle], budget="balanced", memory="low"))
-    client = running.client()
+    with Server(open_bundles([trained_bundle], budget="balanced", memory="low")) as running:
+        client = running.client()
 
-    def ask(number: int) -> list[Any]:
-        messages: Any = [{"role": "user", "content": f"Write about {number} ships at sea."}]
-        found = client.chat.completions.create(
-            model="", messages=messages, max_tokens=64, temperature=0, logprobs=True, top_logprobs=2
-        )
-        logprobs = found.choices[0].logprobs
-        assert logprobs is not None
-        return logprobs.content or []
+        def ask(number: int) -> list[Any]:
+            messages: Any = [{"role": "user", "content": f"Write about {number} ships at sea."}]
+            found = client.chat.completions.create(
+                model="",
+                messages=messages,
+                max_tokens=64,
+                temperature=0,
+                logprobs=True,
+                top_logprobs=2,
+            )
+            logprobs = found.choices[0].logprobs
+            assert logprobs is not None
+            return logprobs.content or []
 
-    try:
         alone = [ask(number) for number in range(8)]
         with ThreadPoolExecutor(8) as pool:
             together = [*pool.map(ask, range(8))]
-    finally:
-        running.stop()
     gaps, moved = [], []
     for one, other in zip(alone, together, strict=True):
         for mine, its in zip(one, other, strict=False):

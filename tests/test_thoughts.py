@@ -379,9 +379,8 @@ def test_a_chat_keeps_thoughts_for_the_template(
 
 @pytest.fixture(scope="module")
 def server(model: Model) -> Iterator[Server]:
-    running = Server({"out": model})
-    yield running
-    running.stop()
+    with Server({"out": model}) as running:
+        yield running
 
 
 def test_the_server_sends_thoughts_apart(server: Server, model: Model) -> None:
