@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import torch
+from scored_bundle import with_scorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -299,6 +301,13 @@ def tiny_bundle(tiny_folder: Path, export_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scored_folder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a made-up scorer. Read-only, like `tiny_bundle`."""
+    folder = tmp_path_factory.mktemp("scored") / "out"
+    return with_scorer(Path(shutil.copytree(tiny_bundle, folder)))
+
+
+@pytest.fixture(scope="session")
 def tiny_with(
     tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]
 ) -> Callable[..., Path]:
@@ -315,6 +324,13 @@ def tiny_with(
 def tiny_model(tiny_bundle: Path) -> Model:
     """The loaded tiny bundle."""
     return dash_onnx.load(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def scored(scored_folder: Path) -> Iterator[Model]:
+    """The loaded bundle with a made-up scorer."""
+    with dash_onnx.load(scored_folder) as model:
+        yield model
 
 
 def missing(what: str) -> NoReturn:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 from families import attending_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
@@ -39,13 +37,6 @@ PROMPTS = [
     "night",
     "in the night",
 ]
-
-
-@pytest.fixture(scope="module")
-def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("scored") / "bundle"
-    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
-        yield model
 
 
 def options(**given: Any) -> GenerationOptions:

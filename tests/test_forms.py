@@ -15,7 +15,7 @@ import pytest
 from conftest import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from test_serve import MESSAGES, Server, client, scored, server  # noqa: F401
+from test_serve import MESSAGES, Server, client, server  # noqa: F401
 
 import dash_onnx
 from dash_onnx.core.conversation import rendered

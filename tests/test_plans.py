@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.actions import Action, each_alone, groups_of
@@ -38,12 +37,6 @@ INT4: tuple[Action, ...] = ("int4",) * LAYERS
 INT8: tuple[Action, ...] = ("int8",) * LAYERS
 MIXED: tuple[Action, ...] = ("int8", "int4", "int4", "skip")
 PROMPT = "the keeper counts the ships"
-
-
-@pytest.fixture(scope="module")
-def scored_folder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans") / "out"
-    return with_scorer(shutil.copytree(tiny_bundle, folder))
 
 
 @pytest.fixture(scope="module")

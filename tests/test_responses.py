@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 from test_forms import SCHEMA, fits
-from test_serve import client, scored, server  # noqa: F401
+from test_serve import client, server  # noqa: F401
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.model import Model

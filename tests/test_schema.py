@@ -9,7 +9,7 @@ import llguidance
 import openai
 import pytest
 from test_forms import SCHEMA, fits
-from test_serve import MESSAGES, Server, client, metric, scored, server  # noqa: F401
+from test_serve import MESSAGES, Server, client, metric, server  # noqa: F401
 
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.model import Model

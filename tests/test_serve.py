@@ -25,7 +25,6 @@ import pytest
 from cli_tool import Capture, Tool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scored_bundle import with_scorer
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -88,13 +87,6 @@ class Server:
     def join(self) -> None:
         self._thread.join(30)
         assert not self._thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("serve") / "scored"
-    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

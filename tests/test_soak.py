@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from scored_bundle import with_scorer
 
 pytestmark = pytest.mark.slow
 
@@ -84,13 +82,12 @@ def program(body: str, *arguments: object) -> object:
 
 
 @pytest.mark.usefixtures("every_core")
-def test_two_thousand_generations_lose_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
-    bundle = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
-    done, answers, memory = program(_SOAK, bundle)  # type: ignore[misc]
+def test_two_thousand_generations_lose_nothing(scored_folder: Path) -> None:
+    done, answers, memory = program(_SOAK, scored_folder)  # type: ignore[misc]
     assert done == GENERATIONS
     fresh: dict[str, list[int]] = {}
     for policy in POLICIES:
-        fresh |= program(_FRESH, bundle, policy)  # type: ignore[operator]
+        fresh |= program(_FRESH, scored_folder, policy)  # type: ignore[operator]
     assert answers == {job: [tokens] for job, tokens in fresh.items()}
     assert len({tuple(tokens) for tokens in fresh.values()}) > len(fresh) // 2
     warm = memory[WARM_UP // SAMPLE :]

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scored_bundle import with_scorer
 
-import dash_onnx
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import FixedPath
@@ -33,13 +29,6 @@ from dash_onnx.runtime.sessions import PromptPlan
 
 # Repeats itself, so that the text's own end is found in it.
 PROMPT = "the keeper counts the ships, the keeper counts the ships, the keeper counts"
-
-
-@pytest.fixture(scope="module")
-def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("scored") / "bundle"
-    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
-        yield model
 
 
 def steps(model: Model, **options: Any) -> list[GeneratedToken]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
-import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.errors import PolicyError
@@ -25,13 +22,6 @@ from dash_onnx.runtime.stream import Completion
 
 PROMPT = "the keeper"
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 200}
-
-
-@pytest.fixture(scope="module")
-def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("scored") / "bundle"
-    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
-        yield model
 
 
 def test_a_closed_stream_yields_nothing_more_and_frees_its_cache(tiny_model: Model) -> None:
