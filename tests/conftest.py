@@ -23,7 +23,7 @@ import pytest
 import torch
 from scored_bundle import with_scorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import dash_onnx
 from dash_onnx.core.actions import Action, ActionPath
@@ -163,6 +163,13 @@ def save_biased(folder: Path, size: float = 0.2, **overrides: object) -> Path:
 def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
     """Logits `[S, V]` copied from the results of `Model.score`, which overwrites them."""
     return np.stack([token.logits.copy() for token in scored])
+
+
+def reference_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Logits `[S, V]` of transformers."""
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+    return logits
 
 
 def memory_of(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import LLAMA3_ROPE, TINY, VARIANTS, logits_of, tiny_tokenizer
+from conftest import LLAMA3_ROPE, TINY, VARIANTS, logits_of, reference_logits, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
@@ -460,9 +460,7 @@ class Pair:
 
     def wanted(self, ids: np.ndarray) -> np.ndarray:
         """Logits of transformers after each token, `[T, V]`."""
-        with torch.inference_mode():
-            logits: np.ndarray = self.reference(torch.from_numpy(ids)[None]).logits[0].numpy()
-        return logits
+        return reference_logits(self.reference, ids)
 
     def prefill(self, ids: np.ndarray, policy: str) -> np.ndarray:
         """Logits of the runtime after each token of a prompt."""

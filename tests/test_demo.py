@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import logits_of
+from conftest import logits_of, reference_logits
 from fixed_costs import fixed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -87,11 +87,6 @@ def text_ids(full: Model) -> np.ndarray:
     )
     ids = [*full.text.encode(PROMPTS[0]).tolist(), *(step.token for step in steps)]
     return np.array(ids[:256])
-
-
-def reference_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
 def mean_kl(reference: np.ndarray, other: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import logits_of
+from conftest import logits_of, reference_logits
 from scored_bundle import with_scorer
 from transformers import LlamaForCausalLM
 
@@ -56,8 +56,7 @@ def test_the_highest_precision_equals_transformers(
     model: Model, device: Device, tiny_folder: Path
 ) -> None:
     reference = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    with torch.inference_mode():
-        wanted = reference(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    wanted = reference_logits(reference, IDS)
     assert np.abs(wanted).max() > 10 * TOLERANCE[device]  # the comparison means something
     found = model.logits(IDS, policy="full")
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE[device])

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TINY, save_biased, save_tiny, spec_of, tiny_tokenizer
+from conftest import TINY, reference_logits, save_biased, save_tiny, spec_of, tiny_tokenizer
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
@@ -51,11 +51,7 @@ def transformers_model(folder: Path) -> Any:
 
 
 def transformers_logits(folder: Path) -> np.ndarray:
-    with torch.inference_mode():
-        logits: np.ndarray = (
-            transformers_model(folder)(torch.from_numpy(IDS)[None]).logits[0].numpy()
-        )
-    return logits
+    return reference_logits(transformers_model(folder), IDS)
 
 
 MEASURED = (MANIFEST_NAME, CARD_NAME)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import logits_of, save_tiny
+from conftest import logits_of, reference_logits, save_tiny
 from families import (
     CASES,
     LAYERS,
@@ -250,8 +250,7 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
 
 def test_calibration_reads_the_model_that_is_exported(pair: Pair) -> None:
     source, ids = open_source(str(pair.bundle.parent / "source"), REGISTRY), random_ids(50)
-    with torch.inference_mode():
-        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
+    logits = reference_logits(streamed_model(source), ids)
     np.testing.assert_allclose(logits, pair.wanted(ids), rtol=1e-5, atol=1e-5)
 
 
@@ -311,8 +310,7 @@ def test_dynamic_rope_is_that_of_the_longest_context(
     assert manifest.model.max_length == (length or 256)
     ids = random_ids(manifest.model.max_length)
     reference = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
-    with torch.inference_mode():
-        wanted = reference(torch.from_numpy(ids)[None]).logits[0].numpy()
+    wanted = reference_logits(reference, ids)
     got = dash_onnx.load(tmp_path / "out").logits(ids, policy="full")
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 

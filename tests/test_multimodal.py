@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import reference_logits, tiny_tokenizer
 from families import CASES, config_of, random_ids, write_text
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -130,22 +130,15 @@ def save_multimodal(folder: Path, kind: str) -> PreTrainedModel:
     return model
 
 
-def wanted_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        logits: np.ndarray = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-    return logits
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_language_model_of_a_multimodal_one_is_read_as_one_of_its_own(
     kind: str, tmp_path: Path
 ) -> None:
     model, ids = save_multimodal(tmp_path, kind), random_ids(60)
     source = open_source(str(tmp_path), REGISTRY)
-    wanted = wanted_of(model, ids)
+    wanted = reference_logits(model, ids)
     assert wanted.std() > 0.3  # the comparison means something
-    with torch.inference_mode():
-        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
+    logits = reference_logits(streamed_model(source), ids)
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
     family = architecture_of(source.config)
     spec = family.describe("", source.config, None)
@@ -165,9 +158,8 @@ def test_a_config_without_a_text_config_of_its_own_is_read(tmp_path: Path) -> No
     inside = {key: value for key, value in inside.items() if key not in ("model_type", "dtype")}
     (tmp_path / "config.json").write_text(json.dumps({**inside, **raw}))
     source, ids = open_source(str(tmp_path), REGISTRY), random_ids(20)
-    with torch.inference_mode():
-        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
-    np.testing.assert_allclose(logits, wanted_of(model, ids), atol=1e-4)
+    logits = reference_logits(streamed_model(source), ids)
+    np.testing.assert_allclose(logits, reference_logits(model, ids), atol=1e-4)
 
 
 def test_a_language_model_saved_without_its_images_keeps_its_prefix(tmp_path: Path) -> None:
@@ -178,9 +170,8 @@ def test_a_language_model_saved_without_its_images_keeps_its_prefix(tmp_path: Pa
     tiny_tokenizer().save_pretrained(tmp_path)
     source, ids = open_source(str(tmp_path), REGISTRY), random_ids(20)
     assert any(name.startswith("model.language_model.") for name in saved_names(tmp_path))
-    with torch.inference_mode():
-        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
-    np.testing.assert_allclose(logits, wanted_of(model, ids), atol=1e-4)
+    logits = reference_logits(streamed_model(source), ids)
+    np.testing.assert_allclose(logits, reference_logits(model, ids), atol=1e-4)
 
 
 def test_stacked_experts_are_read_from_either_layout(tmp_path: Path) -> None:
@@ -224,4 +215,4 @@ def test_a_bundle_of_the_language_model_gives_the_logits_of_the_whole(
     export(str(tmp_path / "source"), tmp_path / "out", options)
     with dash_onnx.load(tmp_path / "out") as bundle:
         got = bundle.logits(ids, policy="full")
-    np.testing.assert_allclose(got, wanted_of(model, ids), atol=3e-4)
+    np.testing.assert_allclose(got, reference_logits(model, ids), atol=3e-4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, logits_of, save_tiny
+from conftest import LLAMA3_ROPE, logits_of, reference_logits, save_tiny
 from transformers import LlamaForCausalLM
 
 import dash_onnx
@@ -52,11 +52,6 @@ def pair(
 
 def random_ids(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(2, 384, count)
-
-
-def reference_logits(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
 @pytest.mark.parametrize("length", LENGTHS)

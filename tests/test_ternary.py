@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import reference_logits, tiny_tokenizer
 from families import CASES, config_of, random_ids, reference_of, save_random
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_model
@@ -228,8 +228,7 @@ PACKED = {"linear_class": "autobitlinear", "quantization_mode": "offline"}
 
 def distance(found: np.ndarray, reference: PreTrainedModel) -> float:
     """||found - wanted|| / ||wanted|| of logits: transformers rounds what products read to INT8."""
-    with torch.inference_mode():
-        wanted = reference(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    wanted = reference_logits(reference, IDS)
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
@@ -242,8 +241,7 @@ def test_bitnet_is_read_as_in_transformers(quantization: dict[str, Any], tmp_pat
     folder = save_bitnet(tmp_path / "m", **quantization)
     source = opened(folder)
     assert resolved(source).variants == ("int2",)
-    with torch.inference_mode():
-        found = streamed_model(source)(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    found = reference_logits(streamed_model(source), IDS)
     assert 1e-3 < distance(found, reference_of(folder)) < 0.05
 
 
