@@ -294,6 +294,24 @@ def test_null_stands_for_a_field_that_is_not_there(server: Server) -> None:
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
 
 
+def test_a_bias_forces_a_token(client: openai.OpenAI) -> None:
+    def told(bias: dict[str, int], **more: Any) -> list[str]:
+        options: Any = {"model": "tiny", "prompt": "the", "max_tokens": 3, "logprobs": 0}
+        made = client.completions.create(**options, logit_bias=bias, **more)
+        assert made.choices[0].logprobs is not None
+        return made.choices[0].logprobs.tokens or []
+
+    usual = told({})
+    forced = told({"70": 100})
+    assert len(set(forced)) == 1
+    assert forced[0] != usual[0]
+    assert told({"70": 100}, temperature=1.0) == forced
+    with pytest.raises(openai.BadRequestError, match="logit_bias: no token has the id 999999"):
+        told({"5": 1, "999999": 1})
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        told({"70": 101})
+
+
 def test_a_seed_may_be_any_integer(client: openai.OpenAI) -> None:
     options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 1.5}
     first, again = (

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
-from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.options import GenerationOptions, LogitsProcessor
 from dash_onnx.serve.answer import Answer, Choice, Completions
 from dash_onnx.serve.calls import SPECIAL
 from dash_onnx.serve.tools import allowed_tools, call_or_answer, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTEAD = {
-    "": "logit_bias audio modalities echo suffix best_of ignore_eos min_tokens stop_token_ids",
+    "": "audio modalities echo suffix best_of ignore_eos min_tokens stop_token_ids",
     "tools": "functions",
     "max_tokens": "max_new_tokens n_predict num_predict",
     "prediction": "expected",
@@ -53,6 +56,8 @@ _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all s
 _NONE = BeforeValidator(lambda n: None if n == -1 else n)  # as in llama.cpp
 Count = Annotated[Annotated[int, Field(ge=1)] | None, _NONE]
 """A number of tokens; -1 sets no limit."""
+Bias = Annotated[float, Field(ge=-100, le=100)]
+"""What is added to a logit."""
 
 
 class JSONObject(BaseModel):
@@ -133,6 +138,20 @@ class Prediction(JSONObject):
         return "".join(part.text for part in self.content)
 
 
+def _biased(bias: Mapping[int, float]) -> LogitsProcessor:
+    """Adds to the logits of some tokens, by their ids."""
+    ids, added = [*bias], np.array([*bias.values()])
+
+    def processor(_: Sequence[int], logits: Logits) -> Logits:
+        if max(ids) >= len(logits):
+            raise PolicyError(f"logit_bias: no token has the id {max(ids)}")
+        logits = logits.copy()
+        logits[ids] += added.astype(logits.dtype)
+        return logits
+
+    return processor
+
+
 class GenerationRequest(JSONObject):
     """Fields of both kinds of requests; unlike in OpenAI's server, unknown fields are ignored."""
 
@@ -150,6 +169,7 @@ class GenerationRequest(JSONObject):
     seed: Annotated[int | None, _NONE] = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = {}
     response_format: ResponseFormat = ResponseFormat()
     prediction: Prediction | None = None
     # Ours.
@@ -193,6 +213,7 @@ class GenerationRequest(JSONObject):
             expected=self.prediction.text if self.prediction else "",
             max_new_tokens=min(wanted, limit),
             grammar=self.response_format.form(),
+            logits_processor=_biased(self.logit_bias) if self.logit_bias else None,
         )
 
     def answer(self, name: str, choices: list[Choice]) -> Answer:
