@@ -160,6 +160,23 @@ def save_biased(folder: Path, size: float = 0.2, **overrides: object) -> Path:
     return folder
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Contents by name."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def refusal_of(
+    kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], object]
+) -> str:
+    """The message with which a call is refused: one line."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
 def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
     """Logits `[S, V]` copied from the results of `Model.score`, which overwrites them."""
     return np.stack([token.logits.copy() for token in scored])

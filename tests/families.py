@@ -444,7 +444,7 @@ class Pair:
         return dash_onnx.load(self.bundle)
 
     @classmethod
-    def build(cls, case: Case, folder: Path, text: Path) -> Pair:
+    def build(cls, case: Case, folder: Path) -> Pair:
         """Saves and exports the model; MatMulNBits computes exactly (accuracy level 0)."""
         source, out = save_random(folder / "source", case), folder / "out"
         options = ExportOptions(
@@ -452,7 +452,7 @@ class Pair:
             wide=False,
             attention="both",
             max_length=case.max_length,
-            calibration=(text,),
+            calibration=(write_text(folder / "text.txt"),),
             accuracy_level=0,
         )
         export(str(source), out, options)
@@ -637,9 +637,8 @@ def table() -> str:
         f"{'|---' * 7}|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        text = write_text(Path(folder) / "text.txt")
         for name, case in CASES.items():
-            pair = Pair.build(case, Path(folder) / name, text)
+            pair = Pair.build(case, Path(folder) / name)
             differences = (
                 pair.full_difference(),
                 pair.returned_difference(),

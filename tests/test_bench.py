@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -380,12 +379,6 @@ def test_the_prefill_is_measured_where_the_context_holds_it(
     assert [row["contexts"] for row in found["contenders"]] == [{}, {}]
 
 
-def test_prompts_of_a_file_may_be_turns(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\n')
-    assert read_prompts(path) == ["a", "b"]
-
-
 def test_the_mark_of_utf_8_is_no_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\n')
@@ -426,4 +419,3 @@ def test_prompts_come_from_json_lines(text: str, wanted: list[str] | None, tmp_p
             read_prompts(path)
     else:
         assert read_prompts(path) == wanted
-        assert json.loads(text.splitlines()[0])

@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from conftest import VARIANTS
+from conftest import VARIANTS, refusal_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,11 +151,7 @@ def test_costs_without_a_policy_are_just_replaced(plain: Manifest) -> None:
 
 
 def one_line(call: Callable[[], object]) -> str:
-    with pytest.raises(PolicyError) as caught:
-        call()
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+    return refusal_of(PolicyError, call)
 
 
 def mean_ms(manifest: Manifest, policy: Policy, tokens: int) -> float:

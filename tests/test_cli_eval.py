@@ -248,13 +248,6 @@ def test_a_prompt_part_that_leaves_nothing_to_decode_is_refused(
         evaluate_policies(tiny_model, text.read_text(), policies, **sizes)
 
 
-@pytest.mark.parametrize("policy", ["fastest", "static:full", "static:skip,full*3"])
-def test_a_policy_that_cannot_be_is_refused(
-    policy: str, tiny_bundle: Path, text: Path, capsys: Capture
-) -> None:
-    refused(capsys, tiny_bundle, "--text", text, *SIZES, "--policy", policy)
-
-
 def test_a_policy_that_the_bundle_lacks_is_refused(
     low_bundle: Path, text: Path, capsys: Capture
 ) -> None:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_tool import Capture, Tool
+from conftest import files_of
 from safetensors.torch import load_file, save_file
 
 import dash_onnx
@@ -47,11 +48,6 @@ def full_bundle(tiny_with: Callable[..., Path]) -> Path:
 def quick(model: object, out: Path, text: Path, *more: object) -> tuple[object, ...]:
     """Arguments of an export that takes a fraction of a second; it trains nothing."""
     return (model, out, *UNTRAINED, "--variants", "full", "--calibration", text, *more)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 # What it prints

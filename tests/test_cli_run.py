@@ -505,27 +505,6 @@ def test_the_context_may_be_filled_to_the_last_token(
     assert facts["finish_reason"] == "context"
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "int2",
-        "full:1",
-        "random:x",
-        "static:",
-        "static:full",
-        "static:skip,full*3",
-        "static:full*x",
-        "static:int2*4",
-        "static:@/no/such/file",
-        "static:full*999999999999",
-    ],
-)
-def test_a_policy_that_cannot_be_is_refused(
-    policy: str, tiny_bundle: Path, capsys: Capture
-) -> None:
-    refused(capsys, tiny_bundle, PROMPT, "--policy", policy)
-
-
 def test_a_path_may_be_read_from_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "path.txt"
     path.write_text("int8\nskip*2\n int4,\n")

@@ -22,7 +22,6 @@ from families import (
     random_ids,
     reference_of,
     save_random,
-    write_text,
 )
 from safetensors.torch import load_file, save_file
 from test_environment import PROMPT, case_of, runtime_logits
@@ -54,8 +53,7 @@ QWEN3 = CASES["qwen3_moe"]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("experts")
-    return Pair.build(QWEN3, folder, write_text(folder / "text.txt"))
+    return Pair.build(QWEN3, tmp_path_factory.mktemp("experts"))
 
 
 def test_files_with_a_tensor_for_each_expert_are_read_as_transformers_stacks_them(

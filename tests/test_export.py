@@ -422,26 +422,6 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_biased(tmp_path_factory.mktemp("biased") / "biased")
 
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "tied": {"tie_word_embeddings": True},
-    "wide heads": {"head_dim": 32},
-    "one kv head": {"num_key_value_heads": 1},
-    "no gqa": {"num_key_value_heads": 4},
-    "epsilon": {"rms_norm_eps": 1e-2},
-    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_gives_the_logits_of_transformers(
-    name: str, tmp_path: Path, night: Path, export_tiny: Export
-) -> None:
-    folder = save_tiny(tmp_path / "model", num_hidden_layers=2, **CONFIGS[name])
-    model = dash_onnx.load(export_tiny(folder, calibration=(night,), variants=("full",)))
-    np.testing.assert_allclose(model.logits(IDS), transformers_logits(folder), atol=1e-4)
-
-
 def test_biases_give_the_logits_of_transformers(
     biased: Path, night: Path, export_tiny: Export
 ) -> None:

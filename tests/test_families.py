@@ -21,7 +21,6 @@ from families import (
     random_ids,
     reference_of,
     save_random,
-    write_text,
 )
 from test_environment import case_of, one_hot, plain_kl, random_choice, recorded, runtime_logits
 from test_fused import Client
@@ -77,8 +76,7 @@ QUICK = [
     ],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("family")
-    return Pair.build(CASES[request.param], folder, write_text(folder / "text.txt"))
+    return Pair.build(CASES[request.param], tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
@@ -273,9 +271,9 @@ def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
     ],
 )
 def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
-    name: str, tmp_path: Path, night: Path
+    name: str, tmp_path: Path
 ) -> None:
-    pair = Pair.build(CASES[name], tmp_path, night)
+    pair = Pair.build(CASES[name], tmp_path)
     options = FuseOptions("optimum", "static:int8,skip,skip")
     fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
     client, sequence = Client(tmp_path / "fused", pair.model.manifest), pair.model.new_sequence()

@@ -125,9 +125,9 @@ def test_int2_layers_give_the_tokens_of_our_runtime(
 
 @pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "qwen3_5", "qwen3_next"])
 def test_layers_that_keep_states_give_the_tokens_of_our_runtime(
-    family: str, tmp_path: Path, night: Path
+    family: str, tmp_path: Path
 ) -> None:
-    bundle = Bundle(with_scorer(Pair.build(CASES[family], tmp_path, night).bundle))
+    bundle = Bundle(with_scorer(Pair.build(CASES[family], tmp_path).bundle))
     prompt, model = list(range(40, 53)), dash_onnx.load(bundle.folder, threads=1)
     for policy in ("int8", "static:int8,skip,skip", "dash"):
         fuse(bundle, tmp_path / "fused", FuseOptions("genai", policy), overwrite=True)

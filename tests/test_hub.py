@@ -7,24 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_texts import CHAT, render
 
-from dash_onnx.core.conversation import Message
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.calibration.texts import TextSource, text_sources
 
-CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the keeper"}]
 CHARACTERS, PASSAGE = 100_000, 4_000
-
-
-def render(messages: Sequence[Message]) -> str:
-    return "|".join(f"{message['role']}:{message['content']}" for message in messages)
 
 
 def source(spelling: str) -> TextSource:

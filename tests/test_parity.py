@@ -32,7 +32,8 @@ CONFIGS: dict[str, dict] = {
         }
     },
     "wide-head": {"head_dim": 32},
-    "biases": {"attention_bias": True, "mlp_bias": True},
+    "epsilon": {"rms_norm_eps": 1e-2},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
 }
 LENGTHS = (1, 2, 37, 200)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cli_tool import Capture, Tool
+from conftest import files_of
 from scored_bundle import with_scorer
 
 from dash_onnx.cli.profile import main
@@ -35,11 +36,6 @@ TOOL = Tool("dash-profile", main)
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "my out"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_the_costs_are_measured_again_and_nothing_else_changes(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, VARIANTS, logits_of, memory_of
-from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_random, write_text
+from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_random
 from safetensors.torch import load_file, save_file
 from test_environment import case_of
 
@@ -47,8 +47,7 @@ READ = 0.15
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("shared")
-    return Pair.build(CASE, folder, write_text(folder / "text.txt"))
+    return Pair.build(CASE, tmp_path_factory.mktemp("shared"))
 
 
 def decoded(state: SequenceState, ids: np.ndarray, paths: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_tokenizer
+from conftest import TINY, refusal_of, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -42,11 +42,7 @@ def opened(model: str | Path) -> Source:
 
 def refusal(kind: type[Exception], model: str | Path) -> str:
     """The message with which a model is refused: one line."""
-    with pytest.raises(kind) as caught:
-        opened(model)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+    return refusal_of(kind, lambda: opened(model))
 
 
 def edit_json(path: Path, **changes: object) -> None:

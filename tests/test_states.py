@@ -42,8 +42,7 @@ PATHS: list[ActionPath] = [
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     @cache
     def build(family: str) -> Model:
-        folder = tmp_path_factory.mktemp("states")
-        return Pair.build(CASES[family], folder, write_text(folder / "text.txt")).model
+        return Pair.build(CASES[family], tmp_path_factory.mktemp("states")).model
 
     return build
 

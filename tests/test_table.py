@@ -14,18 +14,19 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_model
 from gguf_models import tiny_model
 from safetensors.torch import load_file, save_file
+from test_sources import opened
 
 from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Target
-from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import ModelSpec, PerLayer
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import Sizes, sizes_of
 from dash_onnx.exporters.graphs import build_embed
 from dash_onnx.exporters.quantize.blockwise import row_groups
-from dash_onnx.exporters.sources import Source, Table, Weights, open_source
+from dash_onnx.exporters.sources import Source, Table, Weights
 from dash_onnx.exporters.sources.source import Wrapped
 
 NAME = "model.embed_tokens_per_layer.weight"
@@ -62,10 +63,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in (Kind.F16, Kind.Q8_0):
         write_model(folder / f"{kind.name.lower()}.gguf", model, kind=kind)
     return folder
-
-
-def opened(path: Path) -> Source:
-    return open_source(str(path), REGISTRY)
 
 
 def parts_of(source: Source, weights: Weights) -> tuple[ModelSpec, torch.Tensor, PerLayer]:

@@ -18,6 +18,7 @@ from gguf_files import write_model
 from gguf_models import tiny_model
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from test_sources import opened
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import bitnet
 
@@ -26,13 +27,13 @@ from dash_onnx.cli.info import main as info
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.errors import SourceError, UnsupportedError
-from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.suited import suited
 from dash_onnx.exporters.quantize.blockwise import Bits, dequantize
 from dash_onnx.exporters.quantize.ternary import ternary
-from dash_onnx.exporters.sources import Source, open_source
+from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.train.stored import projections_of
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -84,10 +85,6 @@ def save_ternary(folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def opened(path: Path) -> Source:
-    return open_source(str(path), REGISTRY)
 
 
 def resolved(source: Source, **options: Any) -> ExportOptions:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_tokenizer
+from conftest import refusal_of, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from dash_onnx.core.arrays import Ids
@@ -60,11 +60,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def refusal(files: Sequence[TextLike]) -> str:
-    with pytest.raises(SourceError) as caught:
-        joined(*files)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+    return refusal_of(SourceError, lambda: joined(*files))
 
 
 # What is read

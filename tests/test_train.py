@@ -21,6 +21,7 @@ import pytest
 import torch
 from cli_tool import Capture, Tool
 from conftest import layer_inputs, save_tiny
+from test_environment import recorded
 
 import dash_onnx
 from dash_onnx.cli.train import _parser, main
@@ -36,7 +37,7 @@ from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.pipeline import build
 from dash_onnx.exporters.train.checkpoint import Checkpoint
-from dash_onnx.exporters.train.environment import Decide, State
+from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.finish import exported_scorer
 from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
@@ -354,10 +355,6 @@ def test_samples_lie_beside_the_states_of_their_tokens(untrained: Path) -> None:
     for number, part in enumerate(hidden.values(), 1):
         wanted = [states[number].hidden[:, seen].flatten(0, 1) for states, *_ in passes]
         assert torch.equal(part, torch.cat(wanted))
-
-
-def recorded(decisions: torch.Tensor) -> Decide:
-    return lambda state: decisions[:, :, state.layers]
 
 
 def test_a_pass_credits_actions_with_what_they_would_have_changed(untrained: Path) -> None:
