@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import logits_of, reference_logits, save_tiny
@@ -21,6 +22,7 @@ from families import (
     random_ids,
     reference_of,
     save_random,
+    write_text,
 )
 from test_environment import case_of, one_hot, plain_kl, random_choice, recorded, runtime_logits
 from test_fused import Client
@@ -38,6 +40,7 @@ from dash_onnx.exporters.architectures.sparse import Sparse
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.calibration.runner import Runner
+from dash_onnx.exporters.calibration.statistics import relative_error
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
@@ -101,6 +104,52 @@ def test_graphs_in_full_precision_give_the_logits_of_transformers(
     wanted = reference_of(tmp_path / "source")(torch.from_numpy(ids)[None]).logits
     assert wanted.std() > 0.3  # the comparison means something
     torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "phi", "ministral3", "hunyuan_v1_dense", "qwen3_5"]
+)
+def test_an_offset_of_keys_in_the_cache_changes_nothing(name: str, tmp_path: Path) -> None:
+    """Beyond what INT8 rounds; with and without norms, before the rotation and after it."""
+    case, ids = CASES[name], random_ids(60)
+    source = open_source(str(save_random(tmp_path / "source", case)), REGISTRY)
+    family, target = REGISTRY[case.family], Target("cpu", "float32", 32, 0)
+    spec = family.describe("", source.config, case.max_length)
+    index = next(n for n in range(LAYERS) if spec.mixer_of(n) == "attention")
+    runner = Runner(spec, "cpu")
+    build_embed(tmp_path, family.embedding(source.weights, spec), spec, target, None)
+    states = runner.embed(tmp_path / EMBED_PATH, ids[None])
+    layer, path = family.layer(source.weights, index, spec), tmp_path / layer_path(index, "full")
+    build_layer(tmp_path, index, layer, spec, target, "full", {})
+    wanted = runner.layer(index, path, states)
+    kv = runner.kv_quantization(index, path, states, 8, offset=False)
+    random = np.random.default_rng(0).uniform(-40, 40, kv.key_scale.shape)
+    moved = replace(
+        kv, key_scale=2 * kv.key_scale, key_offset=(random * kv.key_scale).astype(np.float32)
+    )
+    eight = replace(target, kv_cache="int8")
+    errors = []
+    for rounding in (kv, moved):
+        build_layer(tmp_path, index, layer, spec, eight, "full", {}, rounding)
+        errors.append(relative_error(runner.layer(index, path, states), wanted))
+    assert 0 < errors[1] < 4 * errors[0]  # steps are twice as large
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_keys_have_no_offset_where_softmax_sees_more_than_scores(name: str, tmp_path: Path) -> None:
+    """A softcap, or sinks."""
+    case = CASES[name]
+    options = ExportOptions(
+        variants=("full",),
+        wide=False,
+        kv_cache="int4",
+        max_length=case.max_length,
+        calibration=(write_text(tmp_path / "text.txt"),),
+    )
+    export(str(save_random(tmp_path / "source", case)), tmp_path / "out", options)
+    graph = onnx.load(tmp_path / "out" / layer_path(0, "full"), load_external_data=False).graph
+    names = {tensor.name for tensor in graph.initializer}
+    assert "k_scale" in names and "k_offset" not in names
 
 
 def test_full_layers_give_the_logits_of_transformers(pair: Pair) -> None:

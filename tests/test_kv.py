@@ -153,12 +153,17 @@ def test_a_quantized_cache_holds_the_nearest_levels(
         held.append([buffers[0] for buffers in (sequence.kv.keys, sequence.kv.values)])
     graph = onnx.load(folder / f"layers/00/{action}.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for wanted, found, scale in zip(*held, (arrays["k_scale"], arrays["v_scale"]), strict=True):
+    assert ("k_offset" in arrays) == (cache == "int4")
+    scales = arrays["k_scale"], arrays["v_scale"]
+    none = np.zeros(scales[0].shape, np.float32)
+    offsets = arrays.get("k_offset", none).reshape(none.shape), none
+    for wanted, found, scale, offset in zip(*held, scales, offsets, strict=True):
         assert wanted.array.nbytes == share * found.array.nbytes
         levels = found.array[0, :, : len(ids)].astype(np.int64)
         if cache == "int4":
             levels = np.stack([levels & 15, levels >> 4], -1).reshape(*levels.shape[:-1], -1) - 8
-        nearest = np.round(wanted.array[0, :, : len(ids)] / scale).clip(-top - 1, top)
+        moved = wanted.array[0, :, : len(ids)] - offset
+        nearest = np.round(moved / scale).clip(-top - 1, top)
         assert np.abs(levels - nearest).max() <= 1  # other kernels, a hair from the border
         assert (levels == nearest).mean() > 0.98
 

@@ -17,12 +17,16 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibration.hidden_states import BATCH, HiddenStateFile, HiddenStates
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS, Ids
-from dash_onnx.exporters.graphs import HIDDEN, KVScales
+from dash_onnx.exporters.graphs import HIDDEN, KVQuantization
 from dash_onnx.runtime.ort import Device, create_session, has_device
 
-_RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)}
+_RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: tuple(np.arange(0.3, 1.41, 0.1))}
 """Candidate ranges as multiples of the largest K or V value of a channel, by bits: INT8 leaves
 headroom for other text."""
+
+_SINK_SHARE = 0.3
+"""Weight of a sequence's first token, which often takes half of the attention (arXiv 2309.17453)
+and has other keys and values than all that follow."""
 
 _GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, spread evenly, and share no period with RoPE
 _GRAM_PARTS = 6  # parts of the columns of x^T x: only 21 of 6 x 6 blocks are computed
@@ -156,10 +160,10 @@ class Runner:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in captured)
         return create_session(model.SerializeToString(), self.device, weights=path.parent)
 
-    def kv_scales(
-        self, index: int, path: Path, hidden: HiddenStates, bits: Literal[4, 8]
-    ) -> KVScales:
-        """Scales of a quantized K/V cache with the least squared error.
+    def kv_quantization(
+        self, index: int, path: Path, hidden: HiddenStates, bits: Literal[4, 8], *, offset: bool
+    ) -> KVQuantization:
+        """How a quantized K/V cache loses least.
 
         The sequences stand at places spread over the context, half of them in its first eighth, as
         most conversations are far shorter: later, slowly rotating dimensions have values that they
@@ -171,14 +175,17 @@ class Runner:
             path: its graph in full precision, whose cache is not quantized.
             hidden: its input, `[sequences, length, D]`.
             bits: bits per value of the cache.
+            offset: whether its keys may have an offset, see `KVQuantization`.
         """
         session = create_session(path, self.device)
         feeds = self._feeds_of(session, index)
         room = max(self.spec.facts.max_length - hidden.shape[1], 0)
         starts = [int((row * _GOLDEN_RATIO % 1) ** 3 * room) for row in range(len(hidden))]
         runs = [session.run(_KV, feeds(row, x, starts[row])) for row, x in enumerate(hidden)]
-        keys, values = (np.concatenate(found, -2)[0] for found in zip(*runs, strict=True))
-        return _least_error_scales(keys, bits), _least_error_scales(values, bits)
+        keys, values = (np.concatenate(found).swapaxes(0, 1) for found in zip(*runs, strict=True))
+        key_scale, key_offset = _least_error(keys, bits, offset=offset and bits == 4)
+        value_scale, _ = _least_error(values, bits, offset=False)
+        return KVQuantization(key_scale=key_scale, value_scale=value_scale, key_offset=key_offset)
 
     def head(self, path: Path, hidden: HiddenStateFile) -> None:
         """Loads a head graph and runs it on the last token of the first sequence.
@@ -279,17 +286,37 @@ def _kv_path(states: Path, layer: int) -> Path:
     return states.with_name(f"kv-{layer:02d}.npy")
 
 
-def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
-    """One scale per channel, `[H_kv, 1, d]`, for keys or values `[H_kv, tokens, d]`."""
-    top = 2 ** (bits - 1)
-    widest = np.maximum(np.abs(x).max(1, keepdims=True), 1e-6) / (top - 1)
-    best, least = widest, np.full_like(widest, np.inf)
-    for share in _RANGES[bits]:
-        scale = widest * share
-        rounded = np.clip(np.round(x / scale), -top, top - 1) * scale
-        error = np.square(rounded - x).sum(1, keepdims=True)
-        best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    return best.astype(np.float32)
+def _least_error(
+    x: npt.NDArray[np.float32], bits: Literal[4, 8], *, offset: bool
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """Scale and offset of each channel, `[H_kv, 1, d]`, with the least squared error.
+
+    With an offset, as keys have it, the mean error of a sequence's tokens costs nothing, as it
+    moves all scores of a query alike.
+
+    Args:
+        x: keys or values, `[H_kv, sequences, tokens, d]`.
+        bits: bits per value.
+        offset: whether there may be one.
+    """
+    top, weight = 2 ** (bits - 1), np.full((x.shape[2], 1), 1.0, np.float32)
+    weight[0] = max(_SINK_SHARE / (1 - _SINK_SHARE) * (len(weight) - 1), 1.0)
+    weight /= weight.sum()
+    mean, middle = x.mean((1, 2)), (x.max((1, 2)) + x.min((1, 2))) / 2
+    best, least = np.zeros((2, *mean.shape), np.float32), np.full_like(mean, np.inf)
+    for shift in (0 * mean, mean, middle) if offset else (0 * mean,):
+        moved = x - shift[:, None, None]
+        widest = np.maximum(np.abs(moved).max((1, 2)), 1e-6) / (top - 1)
+        for share in _RANGES[bits]:
+            scale = (widest * share)[:, None, None]
+            error = np.clip(np.round(moved / scale), -top, top - 1) * scale - moved
+            if offset:
+                error -= (error * weight).sum(2, keepdims=True)
+            loss = (np.square(error) * weight).sum((1, 2))
+            best = np.where(loss < least, [widest * share, shift], best)
+            least = np.minimum(loss, least)
+    scale, shift = best.astype(np.float32)[:, :, None]
+    return scale, shift if offset else None
 
 
 def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:

@@ -112,10 +112,15 @@ class GraphWriter:
             hessians = self.runner.layer_with_hessians(
                 index, folder / paths["full"], hidden, out, inputs, sinks, held_out(len(hidden))
             )
-        scales, states = None, hidden[:_FIGURE_SEQUENCES]
+        kv, states = None, hidden[:_FIGURE_SEQUENCES]
         if target != exact and spec.mixer_of(index) == "attention":
-            eight = target.kv_cache == "int8"
-            scales = self.runner.kv_scales(index, folder / paths["full"], states, 8 if eight else 4)
+            kv = self.runner.kv_quantization(
+                index,
+                folder / paths["full"],
+                states,
+                8 if target.kv_cache == "int8" else 4,
+                offset=layer.sinks is None and spec.block.attention_softcap is None,
+            )
         if "full" in variants and target == exact:
             self.fp32_kept += kept
         else:
@@ -132,9 +137,9 @@ class GraphWriter:
         for form in forms:
             common = folder, index, layer, spec, target
             if form == SKIP:
-                build_skip(*common, scale, correction, hessians, scales)
+                build_skip(*common, scale, correction, hessians, kv)
             elif form != "full" or target != exact:
-                self.fp32_kept += build_layer(*common, form, hessians, scales)
+                self.fp32_kept += build_layer(*common, form, hessians, kv)
             if form == "full":
                 continue
             output = self.runner.layer(index, folder / paths[form], few, keep=False)

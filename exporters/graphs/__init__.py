@@ -5,7 +5,7 @@
 fused graphs read the stored weights by name and layout: change both together.
 """
 
-from dash_onnx.exporters.graphs.attention import ATTENTION, KVScales
+from dash_onnx.exporters.graphs.attention import ATTENTION, KVQuantization
 from dash_onnx.exporters.graphs.ends import build_embed, build_head, rescores
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
 from dash_onnx.exporters.graphs.skip import build_skip, kept_rows, replace_expand
@@ -13,7 +13,7 @@ from dash_onnx.exporters.graphs.skip import build_skip, kept_rows, replace_expan
 __all__ = [
     "ATTENTION",
     "HIDDEN",
-    "KVScales",
+    "KVQuantization",
     "build_embed",
     "build_head",
     "build_layer",

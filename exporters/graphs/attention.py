@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,24 @@ import onnx_ir as ir
 from dash_onnx.core.block import QueryScale
 from dash_onnx.exporters.graphs.graph import Graph
 
-KVScales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""Step sizes of a quantized K/V cache, for keys and for values, `[H_kv, 1, d]`."""
-
 ATTENTION = "attention"
 """Name of the value that holds the heads' outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVQuantization:
+    """How the cache of a layer rounds keys and values.
+
+    Attributes:
+        key_scale: step sizes of the keys' channels, `[H_kv, 1, d]`.
+        value_scale: those of the values.
+        key_offset: what the cache's keys lack, `[H_kv, 1, d]`, or None. It lowers all scores of a
+            query alike, and so changes no share of a softmax over nothing but scores.
+    """
+
+    key_scale: npt.NDArray[np.float32]
+    value_scale: npt.NDArray[np.float32]
+    key_offset: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,7 @@ def attend(
     graph: Graph,
     projected: Sequence[ir.Value | None],
     heads: Heads,
-    kv_scales: KVScales | None = None,
+    kv: KVQuantization | None = None,
     name: str = ATTENTION,
 ) -> Sequence[ir.Value]:
     """Attention in both forms where both are possible: the runtime knows which one is faster.
@@ -58,7 +71,7 @@ def attend(
         projected: queries, keys and values `[batch, seq, ...]`; or all three stacked, then None
             twice; or only queries where K/V are shared.
         heads: how they attend.
-        kv_scales: scales of a quantized cache.
+        kv: how a quantized cache rounds.
         name: name of the heads' outputs.
 
     Returns:
@@ -69,7 +82,7 @@ def attend(
         query, *others = projected
         projected = [_scaled(graph, query, scale), *others]
     if graph.target.attention == "grouped":
-        return attend_grouped(graph, projected, heads, names, kv_scales)
+        return attend_grouped(graph, projected, heads, names, kv)
     made = graph.either(
         graph.inputs["plain"],
         lambda: attend_plainly(graph, projected, heads),
@@ -84,22 +97,24 @@ def attend_grouped(
     projected: Sequence[ir.Value | None],
     heads: Heads,
     names: Sequence[str],
-    kv_scales: KVScales | None = None,
+    kv: KVQuantization | None = None,
 ) -> Sequence[ir.Value]:
     """GroupQueryAttention, which needs little memory for many rows; see `attend`."""
     inputs, cache = graph.inputs, graph.target.kv_cache
     extras: list[ir.Value | None] = []  # positions, bias, sinks, scales, norms, counts
     options: dict[str, str | int | float] = {}
     if cache != "float":
-        assert kv_scales is not None
+        assert kv is not None
         keys, values = (
-            graph.tensor(f"{name}_scale", scale)
-            for name, scale in zip("kv", kv_scales, strict=True)
+            graph.tensor("k_scale", kv.key_scale),
+            graph.tensor("v_scale", kv.value_scale),
         )
         extras = [None, None, None, keys, values]
         bits = 8 if cache == "int8" else 4
         kind = "PER_CHANNEL"
         options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+        if kv.key_offset is not None:
+            projected, heads = _centered(graph, projected, heads, kv.key_offset)
     if heads.sinks is not None:
         extras = [None, None, heads.sinks, *extras[3:]]
     if heads.shared:  # no new keys and values: the new tokens are the last in the cache
@@ -145,8 +160,7 @@ def attend_plainly(
     if heads.shared:
         written = [graph.inputs["past_key"], graph.inputs["past_value"]]
     elif key is None or value is None:
-        widths = [heads.queries * heads.size, *[heads.keys * heads.size] * 2]
-        query, key, value = graph.split(query, widths, "rows")
+        query, key, value = _apart(graph, query, heads)
     if not heads.shared:
         written = write_kv(graph, key, value, heads)
     present_key, present_value = written
@@ -177,6 +191,29 @@ def attend_plainly(
     mixed = op.Transpose(mixed, perm=[0, 3, 1, 2, 4])
     attended = op.Reshape(mixed, graph.int64(0, 0, heads.queries * heads.size))
     return [attended] if heads.shared else [attended, present_key, present_value]
+
+
+def _apart(graph: Graph, stacked: ir.Value | None, heads: Heads) -> Sequence[ir.Value]:
+    """Queries, keys and values, which a product returned as one."""
+    return graph.split(
+        stacked, [heads.queries * heads.size, *[heads.keys * heads.size] * 2], "rows"
+    )
+
+
+def _centered(
+    graph: Graph,
+    projected: Sequence[ir.Value | None],
+    heads: Heads,
+    offset: npt.NDArray[np.float32],
+) -> tuple[Sequence[ir.Value | None], Heads]:
+    """Rotated queries and keys, the keys without an offset; and heads with nothing to rotate."""
+    query, key, value = projected
+    if key is None:
+        query, key, value = _apart(graph, query, heads)
+    query = rotated(graph, query, heads, heads.queries)
+    key = rotated(graph, key, heads, heads.keys)
+    key = graph.op.Sub(key, graph.tensor("k_offset", offset.reshape(-1)))
+    return [query, key, value], replace(heads, rotated=0)
 
 
 def write_kv(graph: Graph, key: ir.Value, value: ir.Value, heads: Heads) -> list[ir.Value]:

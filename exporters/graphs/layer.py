@@ -18,7 +18,7 @@ from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec
 from dash_onnx.exporters.graphs.attention import (
     ATTENTION,
     Heads,
-    KVScales,
+    KVQuantization,
     attend,
     rotated,
 )
@@ -78,7 +78,7 @@ def build_layer(
     target: Target,
     form: Form,
     hessians: Mapping[str, torch.Tensor],
-    kv_scales: KVScales | None = None,
+    kv: KVQuantization | None = None,
 ) -> list[str]:
     """Writes `layers/NN/FORM.onnx`; returns `Graph.fp32_kept`, with the layer."""
     block, mixer = spec.block, spec.mixer_of(index)
@@ -90,7 +90,7 @@ def build_layer(
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
     projected = graph.linear(normed, layer.qkv, form)
     if spec.attends(index):
-        mixed, states = _attention(graph, projected, layer, heads_of(spec, index), kv_scales)
+        mixed, states = _attention(graph, projected, layer, heads_of(spec, index), kv)
     elif mixer == "short_conv":
         mixed, states = short_conv(graph, projected, layer)
     else:
@@ -130,7 +130,7 @@ def heads_of(spec: ModelSpec, index: int) -> Heads:
 
 
 def _attention(
-    graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads, kv_scales: KVScales | None
+    graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads, kv: KVQuantization | None
 ) -> tuple[ir.Value, States]:
     """The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
     if layer.sinks is not None:
@@ -143,7 +143,7 @@ def _attention(
     if graph.block.heads_normed == "after":
         heads = replace(heads, rotated=0)
     name = "heads" if gated else ATTENTION
-    attention, *written = attend(graph, projected, heads, kv_scales, name)
+    attention, *written = attend(graph, projected, heads, kv, name)
     if gated:
         gate = graph.op.Sigmoid(gate)
         attention = graph.op.Mul(attention, gate, _outputs=[graph.value(ATTENTION)])

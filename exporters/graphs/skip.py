@@ -18,7 +18,7 @@ from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
 from dash_onnx.exporters.graphs.attention import (
     Heads,
-    KVScales,
+    KVQuantization,
     attend_grouped,
     rotated,
     write_kv,
@@ -40,7 +40,7 @@ def build_skip(
     scale: float,
     correction: tuple[torch.Tensor, torch.Tensor] | None,
     hessians: Mapping[str, torch.Tensor],
-    kv_scales: KVScales | None = None,
+    kv: KVQuantization | None = None,
 ) -> None:
     """Writes `layers/NN/skip.onnx`.
 
@@ -55,7 +55,7 @@ def build_skip(
         correction: A `[r, D]` and B `[D, r]` of the map from the normed input to the difference
             between the layer's output and `scale * x`; None returns `scale * x`.
         hessians: see `Graph`; uses that of `layer.qkv`, whose input this graph shares.
-        kv_scales: scales of a quantized cache.
+        kv: how a quantized cache rounds.
     """
     mixer = spec.mixer_of(index)
     ports = spec.layer_ports(target, index)
@@ -77,7 +77,7 @@ def build_skip(
     if mixer == "shared_attention":
         states: States = {}
     elif mixer == "attention":
-        states = _kv(graph, parts[0], parts[1], layer, heads_of(spec, index), kv_scales)
+        states = _kv(graph, parts[0], parts[1], layer, heads_of(spec, index), kv)
     else:
         states = keep(graph, normed, parts[:count], layer, spec)
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
@@ -106,7 +106,7 @@ def _kv(
     value: ir.Value,
     layer: Layer,
     heads: Heads,
-    kv_scales: KVScales | None,
+    kv: KVQuantization | None,
 ) -> States:
     """Keys and values `[batch, seq, H_kv * d]`, written into the cache."""
     if graph.block.heads_normed == "after":
@@ -114,12 +114,12 @@ def _kv(
         heads = replace(heads, rotated=0)
     key = graph.norm_heads(key, "k_norm", layer.k_norm, heads.keys * heads.size)
     value = graph.norm_heads(value, "v_norm", layer.v_norm, heads.keys * heads.size)
-    if kv_scales is None:
+    if kv is None:
         cached = write_kv(graph, key, value, heads)
     else:
         own = replace(heads, queries=heads.keys, softcap=None, window=1)
         made = "unused", "present_key", "present_value"
-        _, *cached = attend_grouped(graph, [key, key, value], own, made, kv_scales)
+        _, *cached = attend_grouped(graph, [key, key, value], own, made, kv)
     return dict(zip(("present_key", "present_value"), cached, strict=True))
 
 
