@@ -120,12 +120,13 @@ def test_rows_of_different_lengths_have_the_logits_of_each_alone(tiny_model: Mod
             assert path == decider.path
 
 
-@pytest.mark.parametrize("plainly", [False, True], ids=["grouped", "plain"])
+@pytest.mark.parametrize("form", ["grouped", "plain", "int4"])
 def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
-    plainly: bool, tiny_with: Callable[..., Path], tmp_path: Path
+    form: str, tiny_with: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In different numbers, on different paths, with rows that rest between others."""
-    folder = tiny_with(attention="both")
+    folder = tiny_with(kv_cache="int4") if form == "int4" else tiny_with(attention="both")
+    plainly = form == "plain"
     opened = attending_plainly(folder, tmp_path / "out") if plainly else dash_onnx.load(folder)
     with opened as model:
         together = Rows.new(model._sessions, 4, capacity=32)  # grows between two passes
