@@ -56,6 +56,7 @@ _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all s
 _NONE = BeforeValidator(lambda n: None if n == -1 else n)  # as in llama.cpp
 Count = Annotated[Annotated[int, Field(ge=1)] | None, _NONE]
 """A number of tokens; -1 sets no limit."""
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 """What is added to a logit."""
 
@@ -140,11 +141,11 @@ class Prediction(JSONObject):
 
 def _biased(bias: Mapping[int, float]) -> LogitsProcessor:
     """Adds to the logits of some tokens, by their ids."""
-    ids, added = [*bias], np.array([*bias.values()])
+    ids, added, last = np.array([*bias]), np.array([*bias.values()]), max(bias)
 
     def processor(_: Sequence[int], logits: Logits) -> Logits:
-        if max(ids) >= len(logits):
-            raise PolicyError(f"logit_bias: no token has the id {max(ids)}")
+        if last >= len(logits):
+            raise PolicyError(f"logit_bias: no token has the id {last}")
         logits = logits.copy()
         logits[ids] += added.astype(logits.dtype)
         return logits
@@ -169,7 +170,7 @@ class GenerationRequest(JSONObject):
     seed: Annotated[int | None, _NONE] = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[Annotated[int, Field(ge=0)], Bias] = {}
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(lambda b: b or {})] = {}
     response_format: ResponseFormat = ResponseFormat()
     prediction: Prediction | None = None
     # Ours.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from dash_onnx.core.block import QueryScale
 from dash_onnx.exporters.graphs.graph import Graph
@@ -212,7 +213,8 @@ def _centered(
         query, key, value = _apart(graph, query, heads)
     query = rotated(graph, query, heads, heads.queries)
     key = rotated(graph, key, heads, heads.keys)
-    key = graph.op.Sub(key, graph.tensor("k_offset", offset.reshape(-1)))
+    kept = graph.activation_tensor("k_offset", torch.from_numpy(offset.reshape(-1)))
+    key = graph.op.Sub(key, kept)
     return [query, key, value], replace(heads, rotated=0)
 
 
