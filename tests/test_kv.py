@@ -223,11 +223,11 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(tiny_model: Model) -> None:
 def test_int4_keys_have_an_offset_and_spare_the_first_token() -> None:
     """Keys of a channel lie far from zero and near each other, but for the first."""
     x = 10 + np.random.default_rng(0).normal(size=(1, 4, 256, 1)).astype(np.float32)
-    x[:, :, 0] = 4.0
+    x[:, :, 0] = 1.0
     scale, offset = _least_error(x, 4, offset=True)
     assert offset is not None and offset.item() > 5
     levels = np.round((x - offset[:, None]) / scale[:, None]).clip(-8, 7)
     errors = np.abs(levels * scale[:, None] + offset[:, None] - x)
-    assert errors[:, :, 0].max() < 1 and errors.mean() < 0.3
+    assert errors[:, :, 0].max() < 0.25 and errors.mean() < 0.3
     wide, none = _least_error(x, 4, offset=False)
     assert none is None and wide.item() > 1.2 * scale.item()

@@ -291,8 +291,8 @@ def _least_error(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Scale and offset of each channel, `[H_kv, 1, d]`, with the least squared error.
 
-    With an offset, as keys have it, the mean error of a sequence's tokens costs nothing, as it
-    moves all scores of a query alike.
+    With an offset, as keys have it, the mean error of all tokens costs nothing, as it moves all
+    scores of a query alike.
 
     Args:
         x: keys or values, `[H_kv, sequences, tokens, d]`.
@@ -311,7 +311,7 @@ def _least_error(
             scale = (widest * share)[:, None, None]
             error = np.clip(np.round(moved / scale), -top, top - 1) * scale - moved
             if offset:
-                error -= (error * weight).sum(2, keepdims=True)
+                error -= (error * weight).sum(2, keepdims=True).mean(1, keepdims=True)
             loss = (np.square(error) * weight).sum((1, 2))
             best = np.where(loss < least, [widest * share, shift], best)
             least = np.minimum(loss, least)
