@@ -147,7 +147,7 @@ def _biased(bias: Mapping[int, float]) -> LogitsProcessor:
         if last >= len(logits):
             raise PolicyError(f"logit_bias: no token has the id {last}")
         logits = logits.copy()
-        logits[ids] += added.astype(logits.dtype)
+        logits[ids] += added
         return logits
 
     return processor

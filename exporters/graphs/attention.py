@@ -106,10 +106,8 @@ def attend_grouped(
     options: dict[str, str | int | float] = {}
     if cache != "float":
         assert kv is not None
-        keys, values = (
-            graph.tensor("k_scale", kv.key_scale),
-            graph.tensor("v_scale", kv.value_scale),
-        )
+        keys = graph.tensor("k_scale", kv.key_scale)
+        values = graph.tensor("v_scale", kv.value_scale)
         extras = [None, None, None, keys, values]
         bits = 8 if cache == "int8" else 4
         kind = "PER_CHANNEL"
@@ -196,9 +194,8 @@ def attend_plainly(
 
 def _apart(graph: Graph, stacked: ir.Value | None, heads: Heads) -> Sequence[ir.Value]:
     """Queries, keys and values, which a product returned as one."""
-    return graph.split(
-        stacked, [heads.queries * heads.size, *[heads.keys * heads.size] * 2], "rows"
-    )
+    widths = [heads.queries * heads.size, *[heads.keys * heads.size] * 2]
+    return graph.split(stacked, widths, "rows")
 
 
 def _centered(
@@ -213,9 +210,8 @@ def _centered(
         query, key, value = _apart(graph, query, heads)
     query = rotated(graph, query, heads, heads.queries)
     key = rotated(graph, key, heads, heads.keys)
-    kept = graph.activation_tensor("k_offset", torch.from_numpy(offset.reshape(-1)))
-    key = graph.op.Sub(key, kept)
-    return [query, key, value], replace(heads, rotated=0)
+    common = graph.activation_tensor("k_offset", torch.from_numpy(offset.reshape(-1)))
+    return [query, graph.op.Sub(key, common), value], replace(heads, rotated=0)
 
 
 def write_kv(graph: Graph, key: ir.Value, value: ir.Value, heads: Heads) -> list[ir.Value]:

@@ -46,9 +46,9 @@ def build_skip(
 
     K and V are projected from the layer's input in INT4 (INT8 without Hessians), K is rotated,
     and both are scattered into the cache at the token's position, so that later tokens attend
-    to a skipped token as to any other. A quantized cache is written by GroupQueryAttention;
-    its attention output is not used, and is cheap for a single token. A layer without
-    attention updates its states instead; one that reads K/V of another layer keeps nothing.
+    to a skipped token as to any other. A quantized cache is written by GroupQueryAttention; its
+    attention output is not used, and is cheap for a single token. A layer without attention
+    updates its states instead; one that reads K/V of another layer keeps nothing.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
