@@ -234,9 +234,16 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
     kept = prepared(talk, [TOOL], QWEN)
     assert [message["role"] for message in kept] == ["user", "assistant", "tool"]
     assert kept[1]["tool_calls"][0]["function"]["arguments"] == {}
-    with pytest.raises(PolicyError, match="not JSON"):
-        broken = {"id": "1", "function": {"name": "count", "arguments": "{"}}
-        decoded([{**called, "tool_calls": [broken]}])
+
+
+@pytest.mark.parametrize("form", ["QWEN", "LFM2", "BODY"])
+def test_a_call_that_a_model_wrote_wrong_stays_in_the_conversation(form: str) -> None:
+    broken = {"id": "1", "function": {"name": "count", "arguments": '{"a": '}}
+    called = {"role": "assistant", "content": "", "tool_calls": [broken]}
+    asked = {"role": "user", "content": "How many?"}
+    template = {"QWEN": QWEN, "LFM2": LFM2, "BODY": BODY}[form]
+    messages = prepared(decoded([asked, called, asked]), [TOOL], template)
+    assert "count" in rendered(template, messages, {"tools": [TOOL]}, {})
 
 
 HEAD = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"

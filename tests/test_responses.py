@@ -203,6 +203,18 @@ def test_only_allowed_tools_may_be_called(own: bool) -> None:
     assert request._tools[1] == "required"
 
 
+def test_tools_of_other_types_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """As Codex sends them beside its functions; llama.cpp's server does the same."""
+    kinds = ["web_search", "function", "custom", "web_search"]
+    given: Any = [{"type": kind, "name": f"t{number}"} for number, kind in enumerate(kinds)]
+    request = ResponsesRequest(input="x", tools=given)
+    assert [tool["function"]["name"] for tool in request.offered] == ["t1"]
+    assert request.tools == given[1:2]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "tools of type custom, web_search are left out"
+    ]
+
+
 def test_an_error_in_a_stream_has_both_forms_that_clients_read(tiny_model: Model) -> None:
     answer, events = pieces_of(tiny_model, ("", "a"), ("", "b"))
     told = answer.failed(APIError(504, "too long", "timeout"))
@@ -218,7 +230,7 @@ def test_an_error_in_a_stream_has_both_forms_that_clients_read(tiny_model: Model
         ({"input": 5}, "input: Input should be a valid list"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "a tool call must be"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
-        ({"tools": [{"type": "web_search"}]}, "a tool must be"),
+        ({"tools": [{"type": "function"}]}, "a tool must be"),
         ({"tool_choice": {"type": "allowed_tools", "tools": 3}}, "needs a list of tools"),
         (
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},

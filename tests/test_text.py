@@ -220,6 +220,15 @@ def test_a_conversation_is_encoded_as_transformers_does(
     assert codec.encode_chat(messages[:2]).tolist() == wanted
 
 
+def test_an_empty_question_is_refused_unless_there_are_instructions(codec: TextCodec) -> None:
+    """Pydantic AI sends it if an agent has nothing else."""
+    asked = {"role": "user", "content": " "}
+    with pytest.raises(PolicyError, match="the last message is empty"):
+        codec.encode_chat([asked])
+    told = {"role": "system", "content": "Tell a joke."}
+    assert "joke" in codec.render_chat([told, asked])
+
+
 @pytest.mark.parametrize("begun", ["<", "|", "i", "_", "\n", " a ", "{", "</s"])
 @pytest.mark.parametrize("after", ["<|im_end|>\n", "<|eot_id|>", "</s>\n"])
 def test_an_answer_is_continued_where_it_ends(begun: str, after: str) -> None:

@@ -112,7 +112,7 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
 
     Raises:
         PolicyError: there are none, one has another form, a part is not text, or the last one is an
-            empty user message.
+            empty user message and no other has text.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
@@ -135,6 +135,8 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
         if isinstance(thoughts, str):  # as in transformers: templates read the first or the second
             message = {**message, "thinking": thoughts, "reasoning_content": thoughts}
         checked.append(message)
-    if checked[-1]["role"] == "user" and not (checked[-1].get("content") or "").strip():
+    if checked[-1]["role"] == "user" and not any(
+        (message.get("content") or "").strip() for message in checked
+    ):
         raise PolicyError("the last message is empty")
     return checked
