@@ -23,6 +23,8 @@ from dash_onnx.exporters.calibration.statistics import relative_error
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.graphs.graph import Graph
 from dash_onnx.exporters.train.dequantized import DequantizedModel
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.model import Model
 
 ACTIONS = ("full", "int8", "int4", "skip")
 IDS = np.random.default_rng(1).integers(2, 384, (2, 24))
@@ -162,3 +164,19 @@ def test_runtime_and_training_read_a_product_that_is_cut(
     assert np.abs(found - wanted).max() <= 1e-5
     one, other = (DequantizedModel(Bundle(f), ("full",), torch.float32) for f in (whole, folder))
     assert torch.equal(one.lm_head("full").weight, other.lm_head("full").weight)
+
+
+def test_an_int4_cache_for_cuda_holds_the_levels_of_one_for_the_cpu(
+    tiny_with: Callable[..., Path],
+) -> None:
+    """Keys of the first layer, which the CPU computes in FP16, too."""
+    held = []
+    for device in ("cpu", "cuda"):
+        model = Model(Bundle(tiny_with(kv_cache="int4", device=device)), Backend())
+        sequence = model.new_sequence(32)
+        sequence.prefill(IDS[0], ("full",) * 4, "full")
+        pairs = sequence.kv.keys[0].array[0, :, : len(IDS[0])].astype(np.int64)
+        held.append(np.stack([pairs & 15, pairs >> 4]))
+    assert np.ptp(held[0]) > 10
+    assert np.abs(held[0] - held[1]).max() <= 1
+    assert (held[0] == held[1]).mean() > 0.9
