@@ -32,7 +32,7 @@ class Rows:
     def __init__(self, whole: SequenceState):
         """Takes a batch of sequences, or a single one."""
         self._whole, self._parts = whole, dict[tuple[int, int], Part]()  # of several rows
-        self.together = whole.batch > 1
+        self.together, self._moves = whole.batch > 1, whole.kv.moves
         self._singles = [Part(whole, row, row + 1) for row in range(whole.batch * self.together)]
         self.states: Sequence[SequenceState] = self._singles or [whole]
         manifest = whole.sessions.manifest
@@ -95,6 +95,13 @@ class Rows:
                 ]
                 logits = self._heads(each, deciders)
             return logits, [decider.end() for decider in deciders]
+
+    def follow(self) -> None:
+        """Lets rows that did not run use the cache that has grown: they hold the former one."""
+        if self._moves != (moves := self._whole.kv.moves):
+            self._moves = moves
+            for part in (*self._singles, *self._parts.values()):
+                part.reserve(0)
 
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int

@@ -24,7 +24,7 @@ from dash_onnx.runtime.generate import Generation, Piece, Request, Step, forced_
 from dash_onnx.runtime.prefix import MIN_PREFIX, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
-from dash_onnx.runtime.slot import Slot
+from dash_onnx.runtime.slot import Slot, longest
 
 _LOG = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ class Scheduler:
                 else:  # one of them caused it: each runs alone, and the others go on
                     for slot in together:
                         self._guarded(slot, lambda: self._decode([slot]))  # noqa: B023
+        self._rows.follow()
         return active
 
     def _admit(self) -> None:
@@ -138,8 +139,8 @@ class Scheduler:
             request = self._waiting.popleft()
             if request.cancelled.is_set():
                 continue
-            # The slot that holds most of the prompt; among equals, the least recently used.
-            slot = max(free, key=lambda slot: (slot.common(request), -slot.used))
+            # The slot that keeps most for the prompt; among equals, the least recently used.
+            slot = max(free, key=lambda slot: (slot.kept(request), -slot.used))
             free.remove(slot)
             self._given += 1
             slot.used, slot.request = self._given, request
@@ -277,7 +278,7 @@ class Scheduler:
             if slot.answers and slot.going is not None and slot.going.stats is not None:
                 found = slot.going.look_ahead(slot.going.stats)
             gains.append([1.0 + n for n in range(certain)] + [certain + gain for gain in found])
-        return best_length(gains, stats, _context(slots))
+        return best_length(gains, stats, longest(slots))
 
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
         """Tokens of each slot in a pass of the answers that a prompt's next part joins.
@@ -294,7 +295,7 @@ class Scheduler:
         policy, widened = slot.request.current.policy, slot.state.sessions.widened
         if slot.plan[:3] != (policy.uniform, policy.head, widened):
             return 0
-        context, answers = _context(together), len(decoding)
+        context, answers = longest(together), len(decoding)
         part = min(len(slot.rest), self._chunk)
         seq = min(part, MAX_DRAFT_ROWS // len(together), self._room(together) + 1)
         if seq < 1:
@@ -311,7 +312,7 @@ class Scheduler:
         numbers = [slot.number for slot in slots]
         covered = [slot for slot in self._slots if min(numbers) <= slot.number <= max(numbers)]
         limit = slots[0].state.sessions.manifest.model.max_length
-        return max(limit - _context(covered) - 1, 0)
+        return max(limit - longest(covered) - 1, 0)
 
     def _decoding(self, answers: list[Slot]) -> tuple[list[Slot], list[Slot]]:
         """Answers that run in the next pass, and those that first run forced tokens by themselves.
@@ -353,28 +354,26 @@ class Scheduler:
             self._fail(slot, error)
 
     def _fail(self, slot: Slot, error: Exception) -> None:
-        request = slot.request
-        if request is None:
-            _LOG.error("what takes the last piece of an answer failed", exc_info=error)
-            return
-        self.free(slot)
-        request.deliver(error)
+        if (request := slot.request) is not None:
+            self.free(slot)
+            try:
+                return request.deliver(error)
+            except Exception as late:
+                error = late
+        _LOG.error("what takes the pieces of an answer failed", exc_info=error)
 
     def free(self, slot: Slot) -> None:
         """Ends a request; what its slot holds may serve the next one."""
         slot.tokens = slot.lasting
         slot.request, slot.going = None, None
         slot.rest = slot.rest[:0]
+        slot.state.release()
         length = min(slot.state.length, len(slot.tokens))
         if len(self._slots) > 1:
             # Passes of others may run over it, see `Part.rest`.
             limit = slot.state.sessions.manifest.model.max_length
             length = min(length, max(limit - MAX_DRAFT_TOKENS - 1, 0))
         del slot.tokens[slot.state.truncate(length) :]
-
-
-def _context(slots: list[Slot]) -> int:
-    return max(slot.state.length for slot in slots)
 
 
 def run(request: Request[Piece], slot: Slot) -> Iterator[Piece]:

@@ -162,10 +162,14 @@ class SequenceState:
                 if every:
                     rows.append(self.head(head, every=True).astype(np.float32))
             logits = np.concatenate(rows, -2) if every else self.head(head)
-        for count in [count for count in self._passes if count > _KEPT]:
-            del self._passes[count]
+        self.release()
         self.sessions.settle()
         return logits
+
+    def release(self) -> None:
+        """Frees the memory of passes with many tokens."""
+        for count in [count for count in self._passes if count > _KEPT]:
+            del self._passes[count]
 
     def _cuts(self, count: int, chunk: int) -> list[int]:
         """Where the chunks of a prompt begin, and where the last one ends.

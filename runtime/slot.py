@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,15 @@ class Slot:
             return 0
         return self._held(request.ids)
 
+    def kept(self, request: Request[Any]) -> int:
+        """Tokens of a prompt that are worth its slot: 0 where most of what it holds would go.
+
+        Unless the whole prompt is there: its answer is wanted again.
+        """
+        common = self.common(request)
+        kept = 2 * common >= len(self.lasting) or common == len(request.ids) - 1
+        return common if kept else 0
+
     def _held(self, ids: Ids) -> int:
         common = common_length(np.asarray(self.lasting, np.int64), ids[:-1])
         return self.state.kv.place(common)
@@ -89,3 +99,8 @@ class Slot:
         if self.cache_key is None or request is None or not request.current.changed:
             return self.tokens
         return self.tokens[: len(request.ids)]
+
+
+def longest(slots: Sequence[Slot]) -> int:
+    """Tokens of the slot that holds most."""
+    return max(slot.state.length for slot in slots)

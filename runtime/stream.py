@@ -34,9 +34,9 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         with self._running:
             chunk = None if self._closed else next(self._chunks, None)
-            if self._closed:  # perhaps closed meanwhile
-                self._chunks.close()
-                chunk = None
+        if self._closed:  # perhaps meanwhile, by a thread that could not wait
+            self.join()
+            chunk = None
         if chunk is None:
             raise StopIteration
         return chunk

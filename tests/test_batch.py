@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dash_onnx
+from dash_onnx.core.arrays import common_length
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.deciders import FixedPath
@@ -275,10 +276,12 @@ def test_a_row_goes_on_from_what_it_holds_of_a_prompt(
         return prefill(state, ids, *rest)
 
     monkeypatch.setattr(SequenceState, "prefill", watched)
-    run(tiny_model, batch, "in the night", "the keeper of the lighthouse counts")
-    longer = "the keeper of the lighthouse counts the ships"
+    counts = "the keeper of the lighthouse counts " * 8  # more than the answer
+    run(tiny_model, batch, "in the night", counts)
+    longer = counts + "the ships"
     (again,) = run(tiny_model, batch, longer)
-    assert ran[-1] == len(tiny_model.text.encode(longer)) - ran[-2]
+    before, after = (tiny_model.text.encode(text) for text in (counts, longer))
+    assert ran[-1] == len(after) - common_length(before, after)
     wanted = tiny_model.generate(longer, options=options())
     assert "".join(chunk.text for chunk in again if isinstance(chunk, Chunk)) == wanted
 
@@ -452,11 +455,32 @@ def test_an_answer_moves_into_a_row_of_a_cache_that_has_just_grown(scored: Model
     late, longer = list[Chunk](), "a lighthouse " * 60
     batch.submit(scored.request(longer, late.append, each[0]))
     batch.step()
-    assert max(slot.state.kv.capacity for slot in batch._slots) > 64
+    # Nobody holds the memory of the smaller cache.
+    held = [*batch._slots[0].state.kv._whole.keys.values()]  # type: ignore[attr-defined]
+    for slot in batch._slots:
+        assert slot.state.kv.capacity > 64
+        for buffer, whole in zip(slot.state.kv.keys.values(), held, strict=True):
+            assert np.shares_memory(buffer.array, whole.array)
     while batch.step():
         pass
     assert ["".join(piece.text for piece in pieces) for pieces in told] == wanted
     assert "".join(piece.text for piece in late) == scored.generate(longer, options=each[0])
+
+
+def test_a_conversation_keeps_its_slot_while_others_begin_alike(tiny_model: Model) -> None:
+    """As with one chat template, or one system message."""
+    batch, reused = tiny_model.new_scheduler(3), []
+    talks = [list(range(20, 26)) + list(range(first, first + 20)) for first in (40, 80, 120)]
+    for _ in range(2):
+        for talk in talks:
+            before, told = batch.reused, list[Any]()
+            asked = options(max_new_tokens=4, policy="int8")
+            batch.submit(tiny_model.request(talk, told.append, asked))
+            while batch.step():
+                pass
+            reused.append(batch.reused - before)
+            talk += [piece.token for piece in told] + [7]
+    assert reused[3:] == [29, 29, 29]
 
 
 @pytest.mark.parametrize("seed", [5, 8, 11])
@@ -491,19 +515,20 @@ def test_answers_that_come_and_go_are_what_they_are_alone(scored: Model, seed: i
             assert whole == text
 
 
-def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:
+@pytest.mark.parametrize("first", [1, 3])
+def test_what_goes_wrong_in_one_generation_ends_no_other(first: int, tiny_model: Model) -> None:
     batch, wrong, right = tiny_model.new_scheduler(2), [], []
 
     def fails(piece: Chunk | Exception) -> None:
         wrong.append(piece)
-        if len(wrong) == 3:
+        if len(wrong) >= first:  # it takes no error either
             raise ConnectionError("the client went away")
 
     batch.submit(tiny_model.request("the keeper", fails, options()))
     batch.submit(tiny_model.request("in the night", right.append, options()))
     while batch.step():
         pass
-    assert isinstance(wrong[-1], ConnectionError) and len(wrong) == 4
+    assert isinstance(wrong[-1], ConnectionError) and len(wrong) == first + 1
     assert len(right) == 40
     assert len(run(tiny_model, batch, "the keeper")[0]) == 40  # its row serves the next one
 
