@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dash_onnx.core.actions import DECIDED, SKIP, ActionPath
-from dash_onnx.core.budget import PRESETS, multiplier_of, reference_ms, scorer_facts
+from dash_onnx.core.budget import PRESETS, reference_ms
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import Plan, alternatives, margin_of, preset_plans, whole_key, whole_ratio
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
+from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider, decider_of
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
 from dash_onnx.runtime.ort import Device
@@ -130,10 +131,8 @@ def plan_times(bundle: Bundle, device: Device) -> Costs:
         if not left:
             break
         plan = left[0]
-        multiplier = 0.0
-        if plan.path is None:
-            multiplier, _ = multiplier_of(plan.budget, scorer_facts(manifest).points)
-        ratio = timed.ratio(plan, multiplier)
+        # Nobody can ask for decisions that take longer than the reference.
+        ratio = timed.ratio(plan) if plan.path is not None or plan.budget <= 1 else None
         whole = {**whole, whole_key(plan, manifest): ratio or whole_ratio(plan, manifest)}
         manifest = replace(manifest, costs=replace(manifest.costs, whole=whole))
     return manifest.costs
@@ -157,12 +156,12 @@ class _Timed:
         path = (best,) * manifest.model.num_layers
         self._reference = self._way(Plan(1.0, 0.0, manifest.heads[best], 1.0, path))
 
-    def ratio(self, plan: Plan, multiplier: float) -> float | None:
+    def ratio(self, plan: Plan, multiplier: float | None = None) -> float | None:
         """How much longer a plan's tokens take than their parts, relative to the reference's.
 
         Args:
             plan: what is timed.
-            multiplier: multiplier of its decisions.
+            multiplier: multiplier of its decisions, where a policy has no table yet.
 
         Returns:
             None if it does not fit in memory, or other work disturbed it.
@@ -173,20 +172,23 @@ class _Timed:
         release_memory()
         return found
 
-    def _way(self, plan: Plan, multiplier: float = 0.0) -> _Way:
+    def _way(self, plan: Plan, multiplier: float | None = None) -> _Way:
         sequence = SequenceState(Sessions(self._bundle, self._backend))
         decider: Decider
-        if plan.path is None:
+        if plan.path is not None:
+            decider = FixedPath(plan.path, plan.head)
+        elif multiplier is not None:
             decider = ScoredDecider(sequence, plan.head, multiplier)
         else:
-            decider = FixedPath(plan.path, plan.head)
+            decider = decider_of(ScoredPolicy(self._bundle.manifest, plan.budget), sequence)
         return _Way(sequence, decider, self._costs)
 
 
 def _compared(first: _Way, other: _Way) -> float | None:
     """How much longer one takes than the first; None where other work disturbed it."""
-    first.run()  # loads
-    other.run()
+    for way in (first, other):
+        way.sequence.truncate(0)  # the first has compared others: both attend to as many tokens
+        way.run()  # loads
     use_huge_pages()
     (least, most), started, ratios = _TURNS, time.perf_counter(), list[float]()
     for turn in range(-1, most):  # the first touches the pages that have moved

@@ -81,7 +81,8 @@ def test_a_preset_takes_the_faster_way_and_of_equal_ones_the_simpler(
         ({"int4": 0.9}, False),
         ({"int4": 0.9, "decided": 0.85}, True),
         ({"decided": 1.1}, False),
-        ({"decided": 1.1, "decided int8": 1.0}, True),
+        ({"decided": 1.1, "decided int8 0.50": 1.0}, True),
+        ({"decided": 1.1, "decided int8 0.40": 1.0}, False),
     ],
 )
 def test_presets_follow_the_time_of_whole_tokens(
@@ -91,7 +92,7 @@ def test_presets_follow_the_time_of_whole_tokens(
     moved = replace(manifest, costs=replace(manifest.costs, whole=whole))
     plan = preset_plans(moved)["balanced"]
     assert (plan.path is None) == decides
-    names = ["decided int8", "decided"] if decides else ["int4"]
+    names = ["decided int8 0.50", "decided"] if decides else ["int4"]
     ratio = next((whole[name] for name in names if name in whole), 1.0)
     assert plan.time == pytest.approx(plan.budget * ratio)
 
@@ -106,9 +107,8 @@ def test_plans_are_timed_until_those_that_presets_run_have_been(
         def __init__(self, *_: object):
             pass
 
-        def ratio(self, plan: Plan, multiplier: float) -> float:
+        def ratio(self, plan: Plan) -> float:
             seen.append(plan)
-            assert (multiplier > 0) == (plan.path is None)
             return 1.3 if plan.path == INT4 else 1.0
 
     monkeypatch.setattr(profile_whole, "_Timed", Timed)
@@ -122,9 +122,10 @@ def test_plans_are_timed_until_those_that_presets_run_have_been(
     bundle.manifest = replace(manifest, costs=replace(manifest.costs, whole=whole))
     assert preset_plans(bundle.manifest)["balanced"].head == "int8"
     moved = replace(manifest, costs=plan_times(bundle, "cpu"))
-    assert moved.costs.whole == {**whole, "4444 int8": 1.3, "decided int8": 1.0}
+    decided = {f"decided int8 {budget}": 1.0 for budget in ("0.50", "0.70", "0.84")}
+    assert moved.costs.whole == {**whole, "4444 int8": 1.3, **decided}
     assert preset_plans(moved)["balanced"].head == "int4"
-    assert len(seen) == 2
+    assert len(seen) == 4
     assert Manifest.from_text(moved.to_text()) == moved
 
 

@@ -21,13 +21,16 @@ from scored_bundle import with_scorer
 from dash_onnx.cli.profile import main
 from dash_onnx.core.atomic import TRAINING, locked
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.card import card
+from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import Costs
+from dash_onnx.core.plans import Plan
 from dash_onnx.runtime import profile_whole
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.profile import Times, spread_of, taken_share
-from dash_onnx.runtime.profile_whole import whole_ratios
+from dash_onnx.runtime.profile_whole import _compared, _Timed, whole_ratios
 from dash_onnx.runtime.sequence import SequenceState
 
 TOOL = Tool("dash-profile", main)
@@ -48,7 +51,21 @@ def test_the_costs_are_measured_again_and_nothing_else_changes(
     assert after.costs != before.costs
     assert after.files == before.files and after.layers == before.layers
     files["dash.json"] = after.to_text().encode()
+    files["README.md"] = card(after).encode()
     assert files_of(bundle) == files
+
+
+def test_ways_are_compared_behind_as_many_tokens(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_whole, "_TURNS", (2, 2))
+    opened = Bundle(bundle)
+    timed = _Timed(opened, opened.manifest.costs, open_backend("cpu"))
+    plan = Plan(1.0, 0.0, "int8", 1.0, ("int8",) * 4)
+    for _ in range(2):  # the reference decodes in both
+        other = timed._way(plan)
+        _compared(timed._reference, other)
+        assert timed._reference.sequence.length == other.sequence.length > 0
 
 
 def test_tokens_are_timed_as_a_whole_beside_the_sum_of_their_parts(
@@ -69,6 +86,11 @@ def test_tokens_are_timed_as_a_whole_beside_the_sum_of_their_parts(
     assert {*found} == {"full", "int8", "int4"} and found["int4"] > 2 * found["int8"]
     assert found["full"] == 1.0
     assert Bundle(bundle).manifest.costs.whole == found
+    text = (bundle / CARD_NAME).read_text("utf-8")
+    assert text == card(Bundle(bundle).manifest)  # with the new times
+    (bundle / CARD_NAME).write_text("# My model")
+    TOOL.json_of(capsys, bundle, "--force")
+    assert (bundle / CARD_NAME).read_text() == "# My model"
 
     def ratios() -> dict[str, float]:
         opened = Bundle(with_scorer(bundle))

@@ -58,6 +58,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.atomic import TRAINING, locked
     from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle, replace_manifest
+    from dash_onnx.core.card import update_card
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.core.errors import DashError
     from dash_onnx.core.recost import with_costs
@@ -84,6 +85,7 @@ def _profile(arguments: argparse.Namespace) -> None:
             if Bundle(bundle.folder).manifest != bundle.manifest:  # an export does not wait
                 raise DashError(f"{bundle.folder} was replaced meanwhile: profile it again")
             replace_manifest(bundle.folder, manifest)
+            update_card(bundle.folder, bundle.manifest, manifest)
     if disturbed:
         print(f"dash-profile: warning: {disturbed}", file=sys.stderr)
     if not arguments.dry_run and (fused := bundle.folder / FUSED_FOLDER).is_dir():

@@ -20,6 +20,13 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     write_text(folder / CARD_NAME, card(manifest))
 
 
+def update_card(folder: Path, before: Manifest, manifest: Manifest) -> None:
+    """Writes a bundle's README.md again, unless it is not as `write_card` wrote it before."""
+    path = folder / CARD_NAME
+    if path.is_file() and path.read_text("utf-8", "replace") == card(before):
+        write_card(folder, manifest)
+
+
 def card(manifest: Manifest) -> str:
     """The card in Markdown, with the front matter that hubs read."""
     model, export, costs = manifest.model, manifest.export, manifest.costs

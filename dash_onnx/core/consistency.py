@@ -200,11 +200,12 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
 
 def _names_plan(key: str, layers: int) -> bool:
     """Whether `Costs.whole` may have a key, see `plans.whole_key`."""
-    kind, *heads = key.split(" ")
-    if not heads:
+    kind, *rest = key.split(" ")
+    if not rest:
         return kind in (*PRECISIONS, DECIDED)
     letters = len(kind) == layers and {*kind} <= {*LETTERS.values()}
-    return (kind == DECIDED or letters) and len(heads) == 1 and heads[0] in PRECISIONS
+    known = (letters and len(rest) == 1) or (kind == DECIDED and len(rest) <= 2)
+    return known and rest[0] in PRECISIONS
 
 
 def _pass_problems(manifest: Manifest) -> Iterator[str]:

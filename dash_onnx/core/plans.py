@@ -182,7 +182,7 @@ def _timed(plan: Plan, manifest: Manifest) -> Plan:
 def whole_key(plan: Plan, manifest: Manifest) -> str:
     """The name of a plan in `Costs.whole`."""
     if plan.path is None:
-        return f"{DECIDED} {plan.head}"
+        return f"{DECIDED} {plan.head} {plan.budget:.2f}"  # which decides how actions mix
     (first, *_), kinds = plan.path, {*plan.path}
     usual = len(kinds) == 1 and plan.head == manifest.heads[first]
     return first if usual else f"{path_letters(plan.path)} {plan.head}"
