@@ -136,9 +136,9 @@ class Model:
         """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
 
         Args:
-            policy: a name or a `Policy`; if empty, that of `load`, with its budget unless one is
-                given.
-            budget: fraction of the reference's time per token, or a preset.
+            policy: a name or a `Policy`; if empty, that of `load`.
+            budget: fraction of the reference's time per token, or a preset. None: that of `load` if
+                the policy is also that of `load`, `dash` or `static`.
         """
         return self._requests.policy(policy, budget)
 

@@ -124,7 +124,8 @@ class Saved:
             with library.safe_open(str(path), "np") as file:
                 facts = dict(file.metadata() or {})
                 if facts.get("bundle") != identity_of(manifest):
-                    raise SourceError(f"{path} belongs to another bundle")
+                    told = "another bundle, or to this one before a training: use another file"
+                    raise SourceError(f"{path} belongs to {told}")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, library.SafetensorError) as error:
             raise SourceError(f"cannot read {path}: {error}") from None

@@ -87,10 +87,10 @@ class Requests:
 
     def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
         """See `Model.policy`."""
-        if not policy:
-            policy = self._default[0]
-            budget = self._default[1] if budget is None else budget
-        return make_policy(policy, self._manifest, budget)
+        own, default = self._default
+        if budget is None and (not policy or policy in ("dash", "static")):
+            budget = default
+        return make_policy(policy or own, self._manifest, budget)
 
     def policy_of(self, options: GenerationOptions) -> Policy:
         """See `Model.policy_of`."""

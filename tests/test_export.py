@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import CARD_NAME
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.calibration.statistics import scale_and_cosine
@@ -270,6 +271,13 @@ def test_a_subset_of_variants_has_its_own_graphs_only_and_generates(tiny_with: E
         assert set(layer.bytes) == set(layer.relative_error) == {"int4", "skip"}
     logits = model.logits(IDS, policy="static:int4,skip,int4,int4")
     assert logits.shape == (len(IDS), TINY["vocab_size"]) and np.isfinite(logits).all()
+
+
+def test_variants_may_be_in_any_order(tiny_with: Export) -> None:
+    manifest = Bundle(tiny_with(variants=("int4", "int8"))).manifest
+    assert manifest.variants == ("int8", "int4")
+    with pytest.raises(UnsupportedError, match="'wide' is none of"):
+        tiny_with(variants=("int8", "wide"))
 
 
 def test_graphs_do_not_depend_on_the_other_variants(bundle: Path, tiny_with: Export) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,23 @@ def test_each_session_exists_once(tiny_bundle: Path) -> None:
     model.preload()
     tokens(model, PROMPT, policy="random")
     assert len(created) == len(set(created)) == 1 + 3 + 4 * 4
+
+
+def test_a_policy_with_budgets_has_that_of_the_model(scored_folder: Path) -> None:
+    with dash_onnx.load(scored_folder, budget="fast") as model:
+        fast = model.policy("dash", "fast")
+        assert model.policy().budget == model.policy("dash").budget == fast.budget
+        assert model.policy("dash", "quality").budget != fast.budget
+        assert model.policy("int8").budget is None
+
+
+def test_a_policy_of_another_bundle_needs_its_graphs(
+    tiny_model: Model, tiny_with: Callable[..., Path]
+) -> None:
+    with dash_onnx.load(tiny_with(variants=("int8", "int4"))) as model:
+        assert tokens(model, PROMPT, policy=tiny_model.policy("int8"))
+        with pytest.raises(PolicyError, match="full"):
+            tokens(model, PROMPT, policy=tiny_model.policy("full"))
 
 
 def test_random_policies_differ_by_seed_only(tiny_model: Model) -> None:

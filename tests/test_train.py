@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -30,15 +30,16 @@ from dash_onnx.core.atomic import TRAINING, discard, locked
 from dash_onnx.core.budget import OTHER_TEXT, presets, shown
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import CARD_NAME, REPORT_NAME
-from dash_onnx.core.errors import BundleError, DashError, DeviceError
+from dash_onnx.core.errors import BundleError, DashError, DeviceError, PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.pipeline import build
+from dash_onnx.exporters.train import train as train_module
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.finish import exported_scorer
+from dash_onnx.exporters.train.finish import _margin, exported_scorer
 from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
 from dash_onnx.exporters.train.regress import centre, collect
@@ -49,6 +50,7 @@ from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.transfer import load_scorer
 from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.runtime.deciders import ScoredDecider
+from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import create_session, has_device
 
@@ -783,7 +785,7 @@ def test_a_row_of_the_table_is_measured_with_its_fixed_layers(
         path = [ACTIONS.index(action) for action in point.fixed if action is not None]
         final = env.run_path(ids, [max(index - 1, 0) for index in path])
         ((kl,),) = env.mean_kl(env.reference(ids), [final], [point.head])
-        kl += rounding * (1 - path.count(0) / LAYERS)
+        kl += rounding * (1 - path.count(0) / (LAYERS + 1))
         assert point.kl == pytest.approx(kl, abs=1e-5)
         assert point.shares == {a: path.count(i) / LAYERS for i, a in enumerate(ACTIONS)}
 
@@ -896,6 +898,47 @@ def test_a_scorer_is_read_back_from_its_graph(trained: Path, trainer: Trainer) -
     for layers in trainer.env.segments:
         state = State(layers, hidden)
         torch.testing.assert_close(found.values(state), trainer.scorer.values(state))
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "names", "margin"),
+    [
+        ("self-generated", [], OTHER_TEXT),
+        ("self-generated", ["-"], 1.0),
+        ("a.txt", ["b.txt"], 1.0),
+        ("b.txt, a.txt@1f", ["a.txt"], OTHER_TEXT),
+        ("a.txt", ["-"], OTHER_TEXT),  # which may be the same text
+    ],
+)
+def test_limits_have_a_margin_where_int4_may_know_the_text(
+    calibrated: str, names: list[str], margin: float, untrained: Path
+) -> None:
+    manifest = Bundle(untrained).manifest
+    calibration = dataclasses.replace(manifest.calibration, source=calibrated)
+    assert _margin(names, dataclasses.replace(manifest, calibration=calibration)) == margin
+
+
+def test_a_training_from_a_bundle_takes_its_decision_points(trained: Path) -> None:
+    facts = Bundle(trained).manifest.model
+    with pytest.raises(PolicyError, match="leave one of the two out"):
+        TrainOptions(start=trained, decisions=2).plan_for(facts)
+
+
+def test_a_training_with_times_of_another_machine_says_so(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(*_: object) -> NoReturn:
+        raise InterruptedError
+
+    monkeypatch.setattr(train_module, "Trainer", stop)
+    manifest = Bundle(bundle).manifest
+    for machine in (machine_name(), "a phone"):
+        costs = dataclasses.replace(manifest.costs, machine=machine)
+        replace_manifest(bundle, dataclasses.replace(manifest, costs=costs))
+        with pytest.raises(InterruptedError):
+            train(bundle, OPTIONS, profile=fixed_costs)
+    (told,) = caplog.messages
+    assert "a phone: run dash-profile first" in told
 
 
 def test_a_training_starts_from_another_bundle_and_takes_less(bundle: Path, trained: Path) -> None:

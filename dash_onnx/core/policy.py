@@ -272,6 +272,8 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
         path, layers = policy.uniform, manifest.model.num_layers
         if path is not None and len(path) != layers:
             raise PolicyError(f"policy {policy.name!r} has {len(path)} layers, the model {layers}")
+        for action in path or ():
+            check_action(action, manifest.actions)
         return policy
     kind, _, argument = policy.partition(":")
     if not policy:

@@ -12,6 +12,7 @@ from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.conversation import Message, rendered
 from dash_onnx.core.documents import plain
+from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import begin_of
 from dash_onnx.exporters.calibration.draw import draw
@@ -101,6 +102,11 @@ def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequ
     """Documents only: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
     generator, bundle = np.random.default_rng(seed), draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
+    if length <= SINK_TOKENS:
+        raise SourceError(
+            f"a context of {length} tokens is too short for the model to write calibration text: "
+            "choose a longer --max-length, or give --calibration"
+        )
     encode = _encoder(source)
     begin = begin_of(encode)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
+from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, WIDE, WIDENED, Action, Form
 from dash_onnx.core.block import AttentionForms
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import INT8_INPUTS, KVCacheType, ModelFacts, Target
@@ -87,7 +87,10 @@ class ExportOptions:
         usual: tuple[Action, ...] = DEFAULT_VARIANTS
         if self.ternary and self.device == "cpu":
             usual = ("int2",)
-        variants = self.variants or usual
+        if unknown := {*self.variants} - {*PRECISIONS}:
+            names = ", ".join(PRECISIONS)
+            raise UnsupportedError(f"variants: {min(unknown)!r} is none of {names}")
+        variants = tuple(one for one in PRECISIONS if one in (self.variants or usual))
         if experts is not None and (self.device != "cpu" or "int2" in variants):
             raise UnsupportedError(
                 "mixtures of experts run on the CPU, in full, int8 and int4: choose other "

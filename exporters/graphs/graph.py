@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -319,12 +321,18 @@ class Graph:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="dash-onnx")
-        ir.save(
-            model,
-            target,
-            external_data=Path(data_name(path)).name,
-            size_threshold_bytes=INLINE_BYTES,
-        )
+        try:
+            ir.save(
+                model,
+                target,
+                external_data=Path(data_name(path)).name,
+                size_threshold_bytes=INLINE_BYTES,
+            )
+        except OSError as error:
+            if error.errno is None:  # NumPy says only how much it has written
+                told = os.strerror(errno.ENOSPC)
+                raise OSError(errno.ENOSPC, told, str(target)) from error
+            raise
         onnx.checker.check_model(target)
         return self.fp32_kept
 

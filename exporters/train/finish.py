@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -60,11 +60,7 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     trainer.model.rounds_inputs = manifest.target.accuracy_level == INT8_INPUTS
     with trainer.autocast():
         table, static = tables(trainer, scorer, manifest, rounding)
-    # INT4 is fitted to the text that it was calibrated on, and loses more on any other.
-    texts, calibrated = trainer.options.texts, manifest.calibration.source
-    names = (re.escape(text.content.name) for text in texts)
-    seen = not texts or any(re.search(rf"(^|, ){one}(@|, |$)", calibrated) for one in names)
-    margin = OTHER_TEXT if seen else 1.0
+    margin = _margin([text.content.name for text in trainer.options.texts], manifest)
     facts = replace(
         facts,
         points=table,
@@ -75,6 +71,17 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     )
     manifest = replace(manifest, scorer=facts)
     return replace(manifest, costs=plan_times(Bundle(folder, manifest), device))
+
+
+def _margin(names: Sequence[str], manifest: Manifest) -> float:
+    """How much more other text may lose than training text with these names.
+
+    INT4 is fitted to the text that it was calibrated on, and loses more on any other.
+    """
+    calibrated = manifest.calibration.source
+    same = (re.search(rf"(^|, ){re.escape(name)}(@|, |$)", calibrated) for name in names)
+    unknown = "-" in names and calibrated != "self-generated"  # of standard input
+    return OTHER_TEXT if not names or unknown or any(same) else 1.0
 
 
 def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
@@ -97,7 +98,13 @@ class TrainOptions:
     plan: TrainingPlan | None = None
 
     def plan_for(self, facts: ModelFacts) -> TrainingPlan:
-        """The plan for a model."""
+        """The plan for a model.
+
+        Raises:
+            PolicyError: both `start`, which has its decision points, and `decisions` are given.
+        """
+        if self.start is not None and self.decisions is not None:
+            raise PolicyError("decisions are those of start: leave one of the two out")
         plan = self.plan or PLANS[self.effort]
         if self.plan is None and self.effort == "quick" and facts.large:  # fewer tokens
             plan = replace(

@@ -131,7 +131,9 @@ def _points(
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
     graphs = len(decided_groups(fixed, scorer.scorer.decision_points))
     shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
-    lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
+    # The LM head, which is never `full` here, counts as one more layer.
+    full = shares[scorer.actions[0]] * len(counts) / (len(counts) + 1) if scorer.extra else 0.0
+    lost = rounding * (1.0 - full)
     for head, loss in zip(heads, losses, strict=True):
         yield BudgetPoint(
             budget=round(costs.mixed_ms(layers_ms, head, True, graphs) / full_ms, 5),

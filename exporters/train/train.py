@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.exporters.train.trainer import Trainer
-from dash_onnx.runtime.machine import release_memory
+from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import check_device
 from dash_onnx.runtime.profile import profile
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) -> Manifest:
@@ -48,6 +51,9 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
         check_device(bundle.manifest.target.device)  # for measuring the costs
         size = sum(facts.bytes for facts in bundle.manifest.files.values())
         check_room("the trained bundle", size, folder, "make room")
+        if (timed := bundle.manifest.costs.machine) != machine_name():
+            told = "the policy learns with times of another machine, %s: run dash-profile first"
+            _LOG.warning(told, timed)
         trainer = Trainer(bundle, options)
         learn(trainer)
         with writing(folder, overwrite=True) as trained:
