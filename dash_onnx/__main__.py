@@ -12,8 +12,10 @@ def main() -> int:
     """Calls the tool that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in TOOLS:
-        print(f"usage: python -m dash_onnx {{{','.join(TOOLS)}}} ...", file=sys.stderr)
-        return 0 if name in ("-h", "--help") else 2
+        asked = name in ("-h", "--help")
+        usage = f"usage: python -m dash_onnx {{{','.join(TOOLS)}}} ..."
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     tool = importlib.import_module(f"dash_onnx.cli.{name}")
     return int(tool.main(sys.argv[2:]))
 

@@ -316,6 +316,16 @@ def test_the_separator_of_windows_is_no_part_of_a_hub_id(exports: list[str]) -> 
     assert exports == ["org/name"] and Path(folder).is_dir()
 
 
+def test_a_model_in_the_cache_is_found_where_there_is_a_folder_of_its_organization(
+    exports: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle_of("org/name")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    assert bundle_of("org/name") == folder
+    assert bundle_of("org/other") == "org/other" and exports == ["org/name"]
+
+
 def test_what_cannot_be_removed_does_not_fail_an_export(
     tiny_folder: Path, exports: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import os
@@ -14,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import onnx_ir
 import pytest
 import torch
 from cli_tool import Capture, Tool
@@ -145,11 +146,18 @@ def test_an_unknown_variant_is_refused_and_the_known_ones_are_listed(
     assert os.listdir(out.parent) == []
 
 
+def test_a_context_in_which_nothing_can_be_calibrated_is_refused(
+    tiny_folder: Path, out: Path, capsys: Capture
+) -> None:
+    options = ("--max-length", 4, "--effort", "none", "--check", "none")
+    assert "choose a longer --max-length" in refused(capsys, tiny_folder, out, *options)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "limit"),
     [
         ("--max-length", 257, "256"),
-        ("--max-length", 10**30, "256"),
+        ("--max-length", 10**14, "256"),
     ],
 )
 def test_what_the_model_does_not_allow_is_refused(
@@ -201,10 +209,15 @@ def test_a_missing_weight_is_told_before_anything_is_written(
 def test_a_full_disk_says_that_finished_work_is_kept(
     tiny_folder: Path, out: Path, night: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    """NumPy does not say so: only how much it could write."""
+    save = onnx_ir.save
 
-    monkeypatch.setattr("dash_onnx.exporters.export.pipeline.GraphWriter.heads", full)
+    def full(model: onnx_ir.Model, path: Path, **given: Any) -> None:
+        if path.match("layers/02/*"):
+            raise OSError("884736 requested and 12288 written")
+        save(model, path, **given)
+
+    monkeypatch.setattr("onnx_ir.save", full)
     assert run(*quick(tiny_folder, out, night)) == 2
     *_, note, error = capsys.readouterr().err.splitlines()
     assert "keeps what is finished" in note and "No space left on device" in error

@@ -320,6 +320,7 @@ def test_a_model_without_chat_template_continues_the_prompt(
     facts = json_of(capsys, damaged, PROMPT, *QUICK)
     assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
     assert "no chat template" in refused(capsys, damaged, PROMPT, "--system", "be brief")
+    assert "give a PROMPT" in refused(capsys, damaged)  # no chat in which every message fails
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
@@ -656,12 +657,19 @@ def test_stdout_on_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
     assert done.returncode not in (0, 1)
 
 
+@pytest.mark.parametrize("wrong", ["policy", "prompt", "session"])
 def test_a_refused_run_does_not_empty_an_earlier_trace(
-    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+    wrong: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    path = tmp_path / "trace.jsonl"
+    path, session = tmp_path / "trace.jsonl", tmp_path / "talk"
     path.write_text("precious\n")
-    refused(capsys, tiny_bundle, PROMPT, "--policy", "fastest", "--trace", path)
+    session.write_text("not a session")
+    arguments = {
+        "policy": (PROMPT, "--policy", "fastest"),
+        "prompt": (PROMPT * 100,),
+        "session": ("--session", session),
+    }
+    refused(capsys, tiny_bundle, *arguments[wrong], "--trace", path)
     assert path.read_text() == "precious\n"
 
 

@@ -24,6 +24,7 @@ REFUSED = [
     ("profile out --dry-run --force", "--force does not go with --dry-run"),
     ("report out --json --html a.html", "--html is not written with --json"),
     ("serve out --prefix-mb 0 --prefix-cache kept", "--prefix-cache keeps nothing"),
+    ("bench out --rounds 99999999999999999999", "is more than any"),
     ("serve out --prefix-mb -5", "-5 is not at least 0"),
 ]
 

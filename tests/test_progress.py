@@ -208,6 +208,16 @@ def test_a_terminal_shows_bars_in_place_of_lines(
     assert ": starts" not in text and "done in" not in text
 
 
+@pytest.mark.parametrize("columns", ["80", "1"])
+def test_a_line_of_a_log_breaks_no_word_in_two(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    words = ["x" * 60, "dash-run", "models/smollm2-instruct"]
+    record = logging.makeLogRecord({"msg": " ".join(words)})
+    assert progress.BarHandler().format(record).split() == words
+
+
 def test_a_bar_moves_between_two_steps() -> None:
     """Bars of few steps would stand still for minutes otherwise."""
     code = """

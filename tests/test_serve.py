@@ -1014,11 +1014,15 @@ def test_the_command_serves_and_ends_with_sigterm(
                 time.sleep(0.1)
         else:
             raise AssertionError("did not start")
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(b"no HTTP\r\n\r\n")
+            assert other.recv(100).startswith(b"HTTP/1.1 400")
         running.terminate()
         assert running.wait(30) == 0
         assert running.stderr is not None
         told = running.stderr.read()
         assert "Traceback" not in told and "interrupted" not in told
+        assert "Invalid HTTP request" in told
         if options:
             lines = [json.loads(line) for line in told.splitlines()]
             (ready,) = [line for line in lines if line.get("status") == 200]

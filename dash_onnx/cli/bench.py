@@ -172,7 +172,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         figure_class()
     for picture in arguments.picture:
         check_file(picture)
-    model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
+    graphs = arguments.cuda_graphs
+    model = dash_onnx.load(arguments.bundle, threads=arguments.threads, cuda_graphs=graphs)
     variants = arguments.policy or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
     for variant, policy in zip(variants, policies, strict=True):

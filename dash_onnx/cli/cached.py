@@ -178,7 +178,8 @@ def _source(name: str) -> str | None:
         return str(path.resolve())
     if (path / "config.json").is_file():
         return str(path.resolve())
-    if _HUB_ID.fullmatch(name) and not path.exists() and not path.parent.exists():
+    known = _HUB_ID.fullmatch(name) and not path.exists()
+    if known and not (path.parent.exists() and not (cache_folder() / _entry_name(name)).exists()):
         return name
     return None
 

@@ -45,7 +45,6 @@ class Chat:
         *,
         system: str | None = None,
         session: Path | None = None,
-        trace: TextIO | None = None,
         show_path: bool = False,
     ):
         """Starts with only the system message, or continues a session.
@@ -55,13 +54,16 @@ class Chat:
             options: options of all answers.
             system: system message.
             session: file for the conversation and its K/V; written after each answer.
-            trace: stream to which each token is written.
             show_path: whether to colour each token by its cost.
 
         Raises:
+            PolicyError: the model has no chat template.
             SourceError: the session is damaged, or belongs to another bundle.
         """
-        self._model, self._trace, self._show_path = model, trace, show_path
+        if not model.text.chat_template:
+            raise PolicyError("this model has no chat template, so it holds no chat; give a PROMPT")
+        self._model, self._show_path = model, show_path
+        self._trace: TextIO | None = None
         self._cache = model.new_cache()
         self._options = options
         self._messages: list[dict[str, Any]] = []
@@ -81,12 +83,16 @@ class Chat:
             "/reset": self._reset,
         }
 
-    def run(self) -> None:
+    def run(self, trace: TextIO | None = None) -> None:
         """Reads messages and commands until the end of input.
+
+        Args:
+            trace: stream to which each token is written.
 
         Raises:
             SourceError: the session could not be saved after the last answer.
         """
+        self._trace = trace
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing in input())
         terminal = sys.stdin.isatty()

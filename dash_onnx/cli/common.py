@@ -163,12 +163,17 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+_MOST = 1 << 48
+
+
 def at_least(least: int, why: str = "") -> Callable[[str], int]:
     """An argparse type: an integer of at least so much, and why."""
 
     def integer(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not at least {least}{why}")
+        if int(text) > _MOST:
+            raise argparse.ArgumentTypeError(f"{text} is more than any file or memory has")
         return int(text)
 
     return integer

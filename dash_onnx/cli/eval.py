@@ -63,7 +63,7 @@ def _parser() -> Parser:
         "--task",
         metavar="FILE.jsonl|NAME",
         help="items of LAMBADA, HellaSwag, ARC, or exact match (prompt, answer); or a task of "
-        "lm-evaluation-harness, by name or as a YAML file; needs the extra [eval]",
+        "lm-evaluation-harness, by name or as a .yaml file; needs the extra [eval]",
     )
     parser.add_argument(
         "--window",

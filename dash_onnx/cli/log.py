@@ -42,19 +42,26 @@ class JsonLine(logging.Formatter):
         return json.dumps(told)
 
 
+_UVICORN = "uvicorn.error"
+"""Name of the logger that tells of requests which uvicorn cannot read."""
+
+
 @contextmanager
 def logging_to_stderr(level: int, formatter: logging.Formatter) -> Iterator[None]:
-    """The package's log goes to stderr, with bars if that is a terminal."""
-    logger = logging.getLogger(PACKAGE)
+    """The log goes to stderr, with bars if that is a terminal; so do the warnings of uvicorn."""
+    levels = {PACKAGE: level, _UVICORN: max(level, logging.WARNING)}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
     bars = sys.stderr.isatty() and not isinstance(formatter, JsonLine)
     handler = (BarHandler if bars else logging.StreamHandler)(sys.stderr)
     handler.setFormatter(formatter)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
+    before = [logger.level for logger in loggers]
+    for logger, level in loggers.items():
+        logger.addHandler(handler)
+        logger.setLevel(level)
     try:
         yield
     finally:  # before an error is reported: that is the last line
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
         announce(())

@@ -219,33 +219,21 @@ def _run(arguments: argparse.Namespace) -> None:
         )
         return
     with contextlib.ExitStack() as stack:
-        trace: TextIO | None = None
-        if _lines(arguments):
-            trace = sys.stdout
-        elif arguments.trace:
-            try:
-                trace = stack.enter_context(arguments.trace.open("w", encoding="utf-8"))
-            except OSError as error:
-                raise SourceError(f"cannot write {arguments.trace}: {error.strerror}") from None
         if prompt is None:
             from dash_onnx.cli.chat import Chat
 
-            Chat(
-                model,
-                options,
-                system=arguments.system,
-                session=arguments.session,
-                trace=trace,
-                show_path=arguments.show_path,
-            ).run()
+            view = arguments.show_path
+            system, session = arguments.system, arguments.session
+            chat = Chat(model, options, system=system, session=session, show_path=view)
+            chat.run(_trace(arguments, stack))
             return
-        chat = arguments.system or model.text.chat_template
-        if chat and not arguments.raw:
+        if (arguments.system or model.text.chat_template) and not arguments.raw:
             prompt = [{"role": "user", "content": prompt}]
             if arguments.system:
                 prompt.insert(0, {"role": "system", "content": arguments.system})
         record = Record(policy, options.sampling(model.sampling), load_ms)
-        chunks = record.watch(model.stream(prompt, options=options), trace)
+        stream = stack.enter_context(model.stream(prompt, options=options))
+        chunks = record.watch(stream, _trace(arguments, stack))
         if _lines(arguments):
             for _ in chunks:  # each is in the trace
                 sys.stdout.flush()
@@ -280,6 +268,20 @@ def _check_effects(options: GenerationOptions, policy: Policy, model: Model) -> 
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             _LOG.warning("--%s changes nothing at a temperature of 0: set --temperature", option)
+
+
+def _trace(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> TextIO | None:
+    """The stream of --trace, opened when nothing is refused any more: it empties the file.
+
+    Raises:
+        SourceError: the file cannot be written.
+    """
+    if arguments.trace is None or _lines(arguments):
+        return sys.stdout if _lines(arguments) else None
+    try:
+        return stack.enter_context(arguments.trace.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot write {arguments.trace}: {error.strerror}") from None
 
 
 def _lines(arguments: argparse.Namespace) -> bool:

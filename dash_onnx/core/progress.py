@@ -33,10 +33,13 @@ class BarHandler(logging.StreamHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Breaks lines between words."""
-        width = shutil.get_terminal_size().columns - 1
+        wrap = textwrap.TextWrapper(
+            width=max(shutil.get_terminal_size().columns - 1, 1),
+            break_long_words=False,
+            break_on_hyphens=False,  # of paths
+        ).wrap
         lines = super().format(record).split("\n")
-        broken = (textwrap.wrap(line, width, break_long_words=False) or [""] for line in lines)
-        return "\n".join(part for parts in broken for part in parts)
+        return "\n".join(part for line in lines for part in wrap(line) or [""])
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leaves out what a bar shows."""
