@@ -138,7 +138,7 @@ class Model:
         Args:
             policy: a name or a `Policy`; if empty, that of `load`.
             budget: fraction of the reference's time per token, or a preset. None: that of `load` if
-                the policy is also that of `load`, `dash` or `static`.
+                the policy is empty, `dash` or `static`.
         """
         return self._requests.policy(policy, budget)
 

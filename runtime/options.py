@@ -66,7 +66,7 @@ class GenerationOptions:
         policy: how each layer runs; see `dash_onnx.core.policy.make_policy`. Empty uses
             the policy that the model was loaded with.
         budget: fraction of a token's time at the highest exported precision, or a preset; None uses
-            the budget that the model was loaded with, if the policy has budgets.
+            the budget that the model was loaded with, for its own policy, `dash` and `static`.
         prefill: precision of the prompt; None: the highest that the policy uses at its budget, or
             the wide form, see `memory` of `dash_onnx.load`; `wide`: that form, whatever it loses.
         max_new_tokens: most tokens to generate, thoughts included.

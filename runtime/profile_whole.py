@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dash_onnx.core.actions import DECIDED, SKIP, ActionPath
-from dash_onnx.core.budget import PRESETS, reference_ms
+from dash_onnx.core.budget import PRESETS, multiplier_of, reference_ms, scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
@@ -22,6 +22,7 @@ from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider, decider_of
 from dash_onnx.runtime.devices import open_backend
+from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.sequence import SequenceState
@@ -62,7 +63,7 @@ class _Way:
             How long they take, as a multiple of the sum of their parts: the lower quartile.
         """
         sequence, limit = self.sequence, self.sequence.sessions.manifest.model.max_length
-        if sequence.length + _BLOCK > limit:
+        if sequence.length + _BLOCK > min(limit, CAPACITY):  # before the cache grows
             sequence.truncate(0)
         ratios = []
         for _ in range(_BLOCK):
@@ -131,8 +132,10 @@ def plan_times(bundle: Bundle, device: Device) -> Costs:
         if not left:
             break
         plan = left[0]
-        # Nobody can ask for decisions that take longer than the reference.
-        ratio = timed.ratio(plan) if plan.path is not None or plan.budget <= 1 else None
+        multiplier = None
+        if plan.path is None and plan.budget > 1:  # which policies have only by a preset's name
+            multiplier, _ = multiplier_of(plan.budget, scorer_facts(manifest).points)
+        ratio = timed.ratio(plan, multiplier)
         whole = {**whole, whole_key(plan, manifest): ratio or whole_ratio(plan, manifest)}
         manifest = replace(manifest, costs=replace(manifest.costs, whole=whole))
     return manifest.costs
@@ -161,7 +164,7 @@ class _Timed:
 
         Args:
             plan: what is timed.
-            multiplier: multiplier of its decisions, where a policy has no table yet.
+            multiplier: multiplier of its decisions; None takes the policy at its budget.
 
         Returns:
             None if it does not fit in memory, or other work disturbed it.

@@ -139,8 +139,8 @@ class Scheduler:
             request = self._waiting.popleft()
             if request.cancelled.is_set():
                 continue
-            # The slot that keeps most for the prompt; among equals, the least recently used.
-            slot = max(free, key=lambda slot: (slot.kept(request), -slot.used))
+            # The one that keeps most of the prompt; else an empty one, or the one used longest ago.
+            slot = max(free, key=lambda slot: (slot.kept(request), not slot.tokens, -slot.used))
             free.remove(slot)
             self._given += 1
             slot.used, slot.request = self._given, request
@@ -170,7 +170,7 @@ class Scheduler:
         if len(self._slots) > 1 or self._store is not None:
             common = self._restored(slot, request, common, held)
         slot.state.truncate(common)
-        slot.tokens = request.ids[:common].tolist()
+        slot.tokens, slot.prompt = request.ids[:common].tolist(), len(request.ids)
         if slot.cache_key is not None:
             slot.cache_key = request.cache_key
         slot.state.reserve(len(request.ids))  # at once, not in steps as its parts run

@@ -170,6 +170,8 @@ class SequenceState:
         """Frees the memory of passes with many tokens."""
         for count in [count for count in self._passes if count > _KEPT]:
             del self._passes[count]
+        if self._now.tokens.shape[1] > _KEPT:
+            self._now = self._passes[1]
 
     def _cuts(self, count: int, chunk: int) -> list[int]:
         """Where the chunks of a prompt begin, and where the last one ends.

@@ -10,6 +10,7 @@ import numpy as np
 
 from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.runtime.generate import Generation, Request
+from dash_onnx.runtime.prefix import MIN_PREFIX
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import PromptPlan
 
@@ -24,6 +25,7 @@ class Slot:
         tokens: tokens that the K/V cache holds.
         cache_key: that of the request that it holds, see `Request.cache_key`; None serves any
             request, as the cache of one conversation does.
+        prompt: tokens of the last request's prompt.
         used: when it was last assigned, as a running number.
         request: the request that uses it.
         going: its generation.
@@ -36,6 +38,7 @@ class Slot:
     state: SequenceState
     tokens: list[int] = field(default_factory=list)
     cache_key: str | None = ""
+    prompt: int = 0
     used: int = 0
     request: Request[Any] | None = None
     going: Generation | None = None
@@ -52,10 +55,10 @@ class Slot:
     def kept(self, request: Request[Any]) -> int:
         """Tokens of a prompt that are worth its slot: 0 where most of what it holds would go.
 
-        Unless the whole prompt is there: its answer is wanted again.
+        Unless only the last answer does, as where a template leaves out its thoughts.
         """
         common = self.common(request)
-        kept = 2 * common >= len(self.lasting) or common == len(request.ids) - 1
+        kept = 2 * common >= len(self.lasting) or common + MIN_PREFIX >= self.prompt
         return common if kept else 0
 
     def _held(self, ids: Ids) -> int:

@@ -107,8 +107,9 @@ def test_plans_are_timed_until_those_that_presets_run_have_been(
         def __init__(self, *_: object):
             pass
 
-        def ratio(self, plan: Plan) -> float:
+        def ratio(self, plan: Plan, multiplier: float | None) -> float:
             seen.append(plan)
+            assert multiplier is None
             return 1.3 if plan.path == INT4 else 1.0
 
     monkeypatch.setattr(profile_whole, "_Timed", Timed)

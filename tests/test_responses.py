@@ -211,7 +211,7 @@ def test_tools_of_other_types_are_left_out(caplog: pytest.LogCaptureFixture) -> 
     assert [tool["function"]["name"] for tool in request.offered] == ["t1"]
     assert request.tools == given[1:2]
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "tools of type custom, web_search are left out"
+        "tools of type 'custom, web_search' are left out"
     ]
 
 

@@ -908,6 +908,7 @@ def test_a_scorer_is_read_back_from_its_graph(trained: Path, trainer: Trainer) -
         ("a.txt", ["b.txt"], 1.0),
         ("b.txt, a.txt@1f", ["a.txt"], OTHER_TEXT),
         ("a.txt", ["-"], OTHER_TEXT),  # which may be the same text
+        ("-", ["a.txt"], OTHER_TEXT),
     ],
 )
 def test_limits_have_a_margin_where_int4_may_know_the_text(

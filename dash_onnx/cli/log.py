@@ -43,13 +43,13 @@ class JsonLine(logging.Formatter):
 
 
 _UVICORN = "uvicorn.error"
-"""Name of the logger that tells of requests which uvicorn cannot read."""
+"""Name of uvicorn's logger, whose warnings are of requests that it cannot read."""
 
 
 @contextmanager
 def logging_to_stderr(level: int, formatter: logging.Formatter) -> Iterator[None]:
-    """The log goes to stderr, with bars if that is a terminal; so do the warnings of uvicorn."""
-    levels = {PACKAGE: level, _UVICORN: max(level, logging.WARNING)}
+    """The log goes to stderr, with bars if that is a terminal; so do errors of uvicorn."""
+    levels = {PACKAGE: level, _UVICORN: max(level, logging.ERROR)}
     loggers = {logging.getLogger(name): level for name, level in levels.items()}
     bars = sys.stderr.isatty() and not isinstance(formatter, JsonLine)
     handler = (BarHandler if bars else logging.StreamHandler)(sys.stderr)

@@ -203,9 +203,10 @@ def _names_plan(key: str, layers: int) -> bool:
     kind, *rest = key.split(" ")
     if not rest:
         return kind in (*PRECISIONS, DECIDED)
-    letters = len(kind) == layers and {*kind} <= {*LETTERS.values()}
-    known = (letters and len(rest) == 1) or (kind == DECIDED and len(rest) <= 2)
-    return known and rest[0] in PRECISIONS
+    head, *budget = rest
+    letters = len(kind) == layers and {*kind} <= {*LETTERS.values()} and not budget
+    decided = kind == DECIDED and re.fullmatch(r"(\d+\.\d\d)?", " ".join(budget)) is not None
+    return (letters or decided) and head in PRECISIONS
 
 
 def _pass_problems(manifest: Manifest) -> Iterator[str]:

@@ -107,7 +107,7 @@ class ResponsesRequest(ChatRequest):
             self.response_format = self.text.format
         if others := sorted({*map(_type_of, self.tools)} - {"function"}):
             told = ", ".join(others)
-            _LOG.warning("/v1/responses: tools of type %.100s are left out", told)
+            _LOG.warning("/v1/responses: tools of type %.100r are left out", told)
             self.tools = [tool for tool in self.tools if _type_of(tool) == "function"]
         return self
 

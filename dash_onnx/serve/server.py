@@ -24,7 +24,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                ws="none",
                 http="h11",  # the other implementation has no limit on headers
                 h11_max_incomplete_event_size=_HEADER_BYTES,
                 log_config=None,

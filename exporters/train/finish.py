@@ -79,9 +79,11 @@ def _margin(names: Sequence[str], manifest: Manifest) -> float:
     INT4 is fitted to the text that it was calibrated on, and loses more on any other.
     """
     calibrated = manifest.calibration.source
-    same = (re.search(rf"(^|, ){re.escape(name)}(@|, |$)", calibrated) for name in names)
-    unknown = "-" in names and calibrated != "self-generated"  # of standard input
-    return OTHER_TEXT if not names or unknown or any(same) else 1.0
+    # Nobody knows what came from standard input, `-`.
+    seen = "-" in names and calibrated != "self-generated"
+    for name in (*names, "-"):
+        seen = seen or re.search(rf"(^|, ){re.escape(name)}(@|, |$)", calibrated) is not None
+    return OTHER_TEXT if seen or not names else 1.0
 
 
 def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:
