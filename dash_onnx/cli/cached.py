@@ -178,9 +178,9 @@ def _source(name: str) -> str | None:
         return str(path.resolve())
     if (path / "config.json").is_file():
         return str(path.resolve())
-    known = _HUB_ID.fullmatch(name) and not path.exists()
-    if known and not (path.parent.exists() and not (cache_folder() / _entry_name(name)).exists()):
-        return name
+    if _HUB_ID.fullmatch(name) and not path.exists():
+        cached = cache_folder() / _entry_name(name)
+        return name if cached.exists() or not path.parent.exists() else None
     return None
 
 

@@ -163,7 +163,7 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-_MOST = 1 << 48
+_MOST = 1 << 48  # of anything that is counted: NumPy and `range` take it
 
 
 def at_least(least: int, why: str = "") -> Callable[[str], int]:

@@ -276,8 +276,10 @@ def _trace(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> TextIO
     Raises:
         SourceError: the file cannot be written.
     """
-    if arguments.trace is None or _lines(arguments):
-        return sys.stdout if _lines(arguments) else None
+    if _lines(arguments):
+        return sys.stdout
+    if arguments.trace is None:
+        return None
     try:
         return stack.enter_context(arguments.trace.open("w", encoding="utf-8"))
     except OSError as error:

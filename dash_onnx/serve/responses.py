@@ -21,6 +21,7 @@ from dash_onnx.serve.answer import Answer, Choice
 from dash_onnx.serve.errors import APIError
 from dash_onnx.serve.schema import ChatRequest, Count, JSONObject, ResponseFormat
 from dash_onnx.serve.service import Job, Tally
+from dash_onnx.serve.tools import type_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,10 +83,6 @@ def _listed(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-def _type_of(tool: Any) -> str:
-    return str(tool.get("type") or "function") if isinstance(tool, dict) else "function"
-
-
 class ResponsesRequest(ChatRequest):
     """A request to /v1/responses; other fields are as for chats."""
 
@@ -105,10 +102,10 @@ class ResponsesRequest(ChatRequest):
         self.logprobs |= _LOGPROBS in self.include or self.top_logprobs is not None
         if "format" in self.text.model_fields_set:
             self.response_format = self.text.format
-        if others := sorted({*map(_type_of, self.tools)} - {"function"}):
+        if others := sorted({*map(type_of, self.tools)} - {"function"}):
             told = ", ".join(others)
             _LOG.warning("/v1/responses: tools of type %.100r are left out", told)
-            self.tools = [tool for tool in self.tools if _type_of(tool) == "function"]
+            self.tools = [tool for tool in self.tools if type_of(tool) == "function"]
         return self
 
     def options(self, limit: int) -> GenerationOptions:

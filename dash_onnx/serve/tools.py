@@ -99,9 +99,14 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
+def type_of(tool: Any) -> str:
+    """The type of a tool or of a choice, a function unless it says otherwise."""
+    return str(tool.get("type") or "function") if isinstance(tool, Mapping) else "function"
+
+
 def _function_of(tool: Any) -> Mapping[str, Any]:
     """The function of a tool or of a choice; the fields of its own, as in /v1/responses."""
-    if not isinstance(tool, Mapping) or (tool.get("type") or "function") != "function":
+    if not isinstance(tool, Mapping) or type_of(tool) != "function":
         return {}
     function = tool.get("function", {k: v for k, v in tool.items() if k != "type"})
     return function if isinstance(function, Mapping) else {}
