@@ -78,10 +78,9 @@ def speed(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same policies with `--memory low`. 1 minute."""
+    """The same policies with `--memory low`. 3 minutes."""
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
-    once = _amount(replace(size, processes=1, rounds=1))
-    return [[*bench, *once, "--skip", "contexts", "--json"]]
+    return [[*bench, *_amount(size), "--skip", "contexts", "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
