@@ -162,8 +162,6 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
 DOMINATED = {
     # By a hair: 0.949 times as fast, 0.0107 nats more with a standard error of 0.0106.
     ("speed", 0, "dash @balanced"): "genai fused/dash",
-    # The same layers, with another LM head: one round in one process, and so the machine's noise.
-    ("vnni/memory", 0, "dash-low @quality"): "dash-low int8",
 }
 """By part, number of its table and preset: the row that dominates it, each with the reason why that
 is accepted."""
