@@ -78,7 +78,7 @@ def speed(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same policies with `--memory low`. 3 minutes."""
+    """The same policies with `--memory low`. 2 minutes."""
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
     return [[*bench, *_amount(size), "--skip", "contexts", "--json"]]
 
