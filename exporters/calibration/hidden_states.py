@@ -24,13 +24,19 @@ class HiddenStateFile:
 
     def write(self, sequences: int, batches: Iterable[HiddenStates]) -> None:
         """Writes `sequences` sequences, which come a few at a time."""
-        with self.path.open("wb") as file:
-            for batch in batches:
-                if not file.tell():
-                    shape = (sequences, *batch.shape[1:])
-                    header = {"descr": batch.dtype.str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(batch).data)
+        self.path.unlink(missing_ok=True)
+        for batch in batches:
+            self.append(sequences, batch)
+
+    def append(self, sequences: int, batch: HiddenStates) -> None:
+        """Writes some of `sequences` sequences behind those that the file holds."""
+        # Not through a map of the file: where the disk is full, writing to one ends the process.
+        with self.path.open("ab") as file:
+            if not file.tell():
+                shape = (sequences, *batch.shape[1:])
+                header = {"descr": batch.dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(batch).data)
 
     def __getitem__(self, sequences: slice) -> HiddenStates:
         """Reads some sequences."""

@@ -199,12 +199,11 @@ class Runner:
 
     def _keep(self, index: int, hidden: HiddenStateFile, rows: range, kv: HiddenStates) -> None:
         """Writes K/V of some sequences next to the hidden states, for a later process to find."""
-        path = _kv_path(hidden.path, index)
+        file = HiddenStateFile(_kv_path(hidden.path, index))
         if not rows.start:
-            shape = (len(hidden), *kv.shape[1:])
-            np.lib.format.open_memmap(path, "w+", kv.dtype, shape)
-            self._shared[index] = HiddenStateFile(path)
-        np.load(path, mmap_mode="r+")[rows.start : rows.stop] = kv
+            file.path.unlink(missing_ok=True)  # left by a process that was interrupted
+            self._shared[index] = file
+        file.append(len(hidden), kv)
 
     def _feeds_of(
         self, session: Any, index: int, beside: Path | None = None
