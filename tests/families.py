@@ -223,6 +223,7 @@ _ERNIE_MOE = {
     "moe_intermediate_size": 64,
     "moe_num_shared_experts": 2,
     "head_dim": 32,
+    "use_bias": True,  # of the LM head, too, whose weight is tied
 }
 _HUNYUAN_MOE = {**_HUNYUAN, "num_experts": 6, "moe_topk": [2] * LAYERS}
 _MINIMAX = {**_LOCAL, "head_dim": 32, "rope_parameters": _HALF}

@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "arcee": {"head_dim": 16},
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
     "cohere2": {**_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True},
-    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True},
+    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True, "use_bias": True},
     "exaone": {},
     "exaone4": _WINDOWS,
     "glm4": {**_HALF, "head_dim": 32, "attention_bias": True},

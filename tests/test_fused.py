@@ -423,16 +423,22 @@ def test_genai_is_told_the_names_of_the_graph(bundle: Path, tmp_path: Path) -> N
         assert (name % 3 if "%d" in name else name) in declared
 
 
-def test_genai_is_told_no_token_that_the_model_has_not(bundle: Path, tmp_path: Path) -> None:
+def test_genai_is_told_the_sampling_and_no_token_that_the_model_has_not(
+    bundle: Path, tmp_path: Path
+) -> None:
     """It refuses a null."""
     folder = Path(shutil.copytree(bundle, tmp_path / "out"))
     stored = folder / "generation_config.json"
-    stored.write_text(json.dumps({"eos_token_id": 1}))
+    sampling = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.1}
+    stored.write_text(json.dumps({"eos_token_id": 1, **sampling}))
     manifest = json.loads((folder / "dash.json").read_text())
     manifest["files"] = {n: dataclasses.asdict(f) for n, f in list_files(folder).items()}
     (folder / "dash.json").write_text(json.dumps(manifest))
     fuse(Bundle(folder), tmp_path / "graph", FuseOptions("genai", "int8"), overwrite=False)
-    model = json.loads((tmp_path / "graph" / "genai_config.json").read_text())["model"]
+    config = json.loads((tmp_path / "graph" / "genai_config.json").read_text())
+    model, search = config["model"], config["search"]
+    assert search["do_sample"] and (search["temperature"], search["top_k"]) == (0.7, 50)
+    assert search["repetition_penalty"] == 1.1
     assert "bos_token_id" not in model and model["pad_token_id"] == model["eos_token_id"] == 1
 
 

@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.calibration.tokens import sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.suited import suited
@@ -340,6 +341,15 @@ def test_a_file_that_names_no_layers_says_how_often_one_attends(
     assert data.count(name) == 1
     (tmp_path / "tiny.gguf").write_bytes(data.replace(name, name[::-1]))
     assert opened(tmp_path / "tiny.gguf").config.layer_types == types
+
+
+def test_the_check_takes_a_bias_that_the_file_lacks_as_zero(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama", attention_bias=True)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.bias.zero_()
+    write_model(tmp_path / "tiny.gguf", model, without="blk.1.attn_output.bias")
+    found = streamed_model(opened(tmp_path / "tiny.gguf"))(torch.from_numpy(IDS)[None]).logits
+    torch.testing.assert_close(found, model(torch.from_numpy(IDS)[None]).logits)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

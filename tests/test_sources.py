@@ -367,6 +367,12 @@ def test_an_adapter_is_refused_with_what_to_do(folder: Path, whole: bool) -> Non
     assert "merge it into its model first" in refusal(UnsupportedError, folder)
 
 
+def test_a_classifier_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+    found = refusal(UnsupportedError, folder)
+    assert "LlamaForSequenceClassification, which writes no text" in found
+
+
 def test_a_folder_without_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert "no config.json" in refusal(SourceError, folder)

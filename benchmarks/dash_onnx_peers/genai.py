@@ -28,7 +28,9 @@ class GenAI:
     def _generator(self, total: int) -> og.Generator:
         params = og.GeneratorParams(self._model)
         # None of the first `min_length` tokens is EOS.
-        params.set_search_options(do_sample=False, min_length=total, max_length=total)
+        params.set_search_options(
+            do_sample=False, repetition_penalty=1.0, min_length=total, max_length=total
+        )
         return og.Generator(self._model, params)
 
     def decode(self, ids: list[int], new: int) -> list[float]:

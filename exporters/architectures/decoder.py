@@ -348,6 +348,8 @@ class Decoder:
         # As in transformers: a stored head is used, whatever the config says about it.
         name = names.head if f"{names.head}.weight" in weights else names.embedding
         linear = linear_at(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
+        if (bias := f"{names.head}.bias") in weights:  # also where the weight is tied
+            linear = replace(linear, bias=take(weights, bias, facts.vocab_size))
         norm = self._norm(weights, names.final_norm, facts.hidden_size)
         scale = spec.scales.logit / (spec.block.logit_softcap or 1.0)
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)

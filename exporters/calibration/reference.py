@@ -73,8 +73,13 @@ def _stream(layer: torch.nn.Module, source: Source, prefix: str, keep: bool) -> 
         if names:  # buffers are weights where the files have them
             buffers = (name for name, _ in module.named_buffers())
             names += [name for name in buffers if prefix + name in source.weights]
-            state = {name: source.weights[prefix + name].float() for name in names}
+            state = {name: stored(module, name) for name in names}
             module.load_state_dict(state, strict=False, assign=True)
+
+    def stored(module: torch.nn.Module, name: str) -> torch.Tensor:
+        if name.endswith("bias") and prefix + name not in source.weights:  # as of some GGUF files
+            return torch.zeros(module.get_parameter(name).shape)
+        return source.weights[prefix + name].float()
 
     def drop(module: torch.nn.Module, _args: Any, _output: Any) -> None:
         module.to("meta")

@@ -8,10 +8,14 @@ from typing import Any
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.fused.facts import MODEL
 
 _TYPES = {"short_conv": "lfm2", "gated_delta": "qwen3_5_text"}
 """GenAI's types of models by the layers that keep states; it runs all others as a Llama."""
+
+_SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What GenAI's search takes of the sampling that a model recommends, and its defaults."""
 
 _SPACE = "\u2581"
 _LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
@@ -54,16 +58,14 @@ def genai_config(bundle: Bundle) -> str:
         "vocab_size": facts.vocab_size,
         "decoder": decoder,
     }
+    sampling = TextCodec(bundle).sampling
     search = {
-        "do_sample": False,
+        "do_sample": sampling.get("temperature", 0.0) > 0,
         "max_length": facts.max_length,
         "min_length": 0,
         "num_beams": 1,
         "past_present_share_buffer": True,
-        "repetition_penalty": 1.0,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
+        **{key: sampling.get(key, off) for key, off in _SAMPLING.items()},
     }
     model = {key: value for key, value in model.items() if value is not None}
     return json.dumps({"model": model, "search": search}, indent=2) + "\n"

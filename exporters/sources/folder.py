@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ from dash_onnx.exporters.sources.source import (
 )
 
 _ORIGINAL = "give the weights in BF16, FP16 or FP32: another release of the model may have them"
+_HEADLESS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering)$")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TEKKEN = ("ministral", "mistral", "mistral3")  # model types that may have its tokens
 # No code from a folder runs: transformers refuses it; without this it would ask on the terminal.
@@ -170,6 +172,9 @@ def open_folder(
     raw = _read_json(config_path)
     model_type = str(raw.get("model_type"))
     check_supported(text_type(raw), supported)
+    made_for = raw.get("architectures")
+    if isinstance(made_for, list) and made_for and all(_HEADLESS.search(str(n)) for n in made_for):
+        raise UnsupportedError(f"{folder} holds a {made_for[0]}, which writes no text: no LM head")
     quantization = raw.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     elsewhere = raw.get("compression_config") or (folder / "hf_quant_config.json").is_file()

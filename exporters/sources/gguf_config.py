@@ -175,6 +175,8 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "layer_types": _layer_types(meta, layers, 4),
                 "logit_scale": float(meta["logit_scale"]),
             }
+        case "ernie4_5":
+            return {"use_bias": common["attention_bias"]}
         case "exaone4":
             types = _layer_types(meta, layers, 4) if window else [_FULL] * layers
             return {"layer_types": types, "sliding_window_pattern": 4 if window else 0}
