@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -242,6 +243,35 @@ def test_a_folder_that_cannot_be_renamed_is_moved(
     monkeypatch.setattr(Path, "replace", refuse)
     write(old, overwrite=True)
     assert (old / "dash.json").is_file() and [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+def test_a_copy_of_what_cannot_be_renamed_outlives_two_interruptions(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, remove = Path.replace, shutil.rmtree
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == old:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    def interrupted(path: Path, **options: bool) -> None:
+        if path == old:
+            (old / "a.txt").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    (old / "a.txt").write_text("a")
+    before = snapshot(old)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(old, overwrite=True)
+    assert snapshot(old) != before
+    with pytest.raises(ZeroDivisionError), writing(old, overwrite=True):
+        raise ZeroDivisionError
+    assert snapshot(old) == before and [path.name for path in old.parent.iterdir()] == ["out"]
 
 
 def test_overwrite_replaces_the_whole_folder_once_the_new_one_is_complete(old: Path) -> None:

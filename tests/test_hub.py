@@ -114,6 +114,15 @@ def test_an_excerpt_is_spread_over_the_rows(dataset: Callable[..., Path]) -> Non
     assert found.size == pytest.approx(whole, rel=0.05)
 
 
+def test_rows_of_very_different_sizes_are_all_read_if_they_fit(
+    dataset: Callable[..., Path],
+) -> None:
+    rows = [" ".join(map(str, range(20_000))), *(f"row {number}" for number in range(63))]
+    found = text(f"hub:{dataset(text=rows)}", 262_144)
+    assert found.split("\n\n") == rows
+    assert 20_000 < len(text(f"hub:{dataset(text=rows)}", 40_000)) < 41_000
+
+
 def test_a_long_row_is_read_all_over(dataset: Callable[..., Path]) -> None:
     folder = dataset(text=[" ".join(map(str, range(100_000)))])
     found = text(f"hub:{folder}", 20_000)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,7 +40,7 @@ from dash_onnx.exporters.pipeline import build
 from dash_onnx.exporters.train import train as train_module
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.finish import _margin, exported_scorer
+from dash_onnx.exporters.train.finish import _fitted, _margin, exported_scorer
 from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
 from dash_onnx.exporters.train.regress import centre, collect
@@ -647,9 +648,9 @@ def test_training_again_on_text_of_ones_own_replaces_the_scorer(
     files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     assert files == {"dash.json", CARD_NAME, *Bundle(again).manifest.files}  # and no report is left
     chats.write_text((json.dumps(record) + "\n") * 150)
-    other = train(again, dataclasses.replace(OPTIONS, calibration=(chats,)), profile=fixed_costs)
-    assert other.scorer is not None
-    assert other.scorer.margin == 1.0  # the presets hold for text like this
+    options = dataclasses.replace(OPTIONS, calibration=(chats.rename(tmp_path / "other.jsonl"),))
+    other = train(again, options, profile=fixed_costs).scorer
+    assert other is not None and other.margin == 1.0  # the presets hold for text like this
 
 
 @pytest.mark.parametrize(
@@ -912,11 +913,32 @@ def test_a_scorer_is_read_back_from_its_graph(trained: Path, trainer: Trainer) -
     ],
 )
 def test_limits_have_a_margin_where_int4_may_know_the_text(
-    calibrated: str, names: list[str], margin: float, untrained: Path
+    calibrated: str, names: list[str], margin: float
 ) -> None:
-    manifest = Bundle(untrained).manifest
-    calibration = dataclasses.replace(manifest.calibration, source=calibrated)
-    assert _margin(names, dataclasses.replace(manifest, calibration=calibration)) == margin
+    assert _margin(names, [calibrated]) == margin
+    assert _margin(names, ["self-generated", calibrated]) == margin
+
+
+@pytest.mark.parametrize(
+    ("changes", "margin", "fitted"),
+    [
+        ({}, 1.0, []),  # the same tokens are held out again
+        ({}, OTHER_TEXT, ["a.txt"]),
+        ({"tokens": 1}, 1.0, ["a.txt"]),
+        ({"seed": 1}, 1.0, ["a.txt"]),
+        ({"source": "b.txt"}, 1.0, ["a.txt"]),
+    ],
+)
+def test_another_training_may_have_learned_from_the_held_out_text(
+    changes: dict[str, Any], margin: float, fitted: list[str], trained: Path
+) -> None:
+    manifest, facts = Bundle(trained).manifest, scorer_of(trained)
+    training = dataclasses.replace(facts.training, source="a.txt")
+    earlier = dataclasses.replace(facts, training=training, margin=margin)
+    bundle = Bundle(trained, dataclasses.replace(manifest, scorer=earlier))
+    trainer: Any = SimpleNamespace(bundle=bundle, options=TrainOptions())
+    found = _fitted(trainer, dataclasses.replace(training, **changes))
+    assert found == [manifest.calibration.source, *fitted]
 
 
 def test_a_training_from_a_bundle_takes_its_decision_points(trained: Path) -> None:

@@ -202,14 +202,15 @@ def workspace(
     with locked(folder, name) as space:
         kept = False
         try:
-            if (space / OLD).is_dir() and not folder.exists():  # killed between two renames
-                _rename(space / OLD, folder)
+            replaces = (space / NEW).is_dir() or not folder.exists()
+            if (space / OLD / marker).is_file() and replaces:  # killed between two renames
+                _put_back(space, folder)
                 check_destination(folder, overwrite, marker)
             yield space
             check_destination(folder, overwrite, marker)
             _move(space, folder)
         except BaseException:
-            kept = keep(space)
+            kept = keep(space) or (space / OLD).exists()  # interrupted while it is put back
             raise
         finally:
             if not kept:
@@ -249,17 +250,23 @@ def _move(space: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            shutil.rmtree(space / OLD, ignore_errors=True)
-            shutil.copytree(folder, space / OLD, symlinks=True)  # of a container's image
+            copy = space / f"{OLD}.copy"  # of a container's image
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy, symlinks=True)
+            _rename(copy, space / OLD)  # which is whole where it exists
     try:
         if folder.exists():
             shutil.rmtree(folder)
         _rename(space / NEW, folder)
     except BaseException:  # Ctrl-C between the two renames
         if (space / OLD).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            _rename(space / OLD, folder)
+            _put_back(space, folder)
         raise
+
+
+def _put_back(space: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _rename(space / OLD, folder)
 
 
 def _rename(path: Path, to: Path) -> None:

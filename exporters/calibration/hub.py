@@ -74,9 +74,14 @@ class HubDataset:
                     length += len(text)
             size += length
             if texts:
-                parts.append(excerpt(BETWEEN.join(texts), each, passage))
+                parts.append(BETWEEN.join(texts))
         if not any(part.strip() for part in parts):
             raise SourceError(f"{self._spelling} holds no text in {', '.join(rows.column_names)}")
+        # Rows may be of very different sizes: what short runs leave goes to the long ones.
+        ascending = sorted(range(len(parts)), key=lambda part: len(parts[part]))
+        for taken, part in enumerate(ascending):
+            parts[part] = excerpt(parts[part], characters // (len(parts) - taken), passage)
+            characters -= len(parts[part])
         return Excerpt(BETWEEN.join(parts), size * total // read)
 
     def sha256(self) -> str:

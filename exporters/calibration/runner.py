@@ -161,7 +161,14 @@ class Runner:
         return create_session(model.SerializeToString(), self.device, weights=path.parent)
 
     def kv_quantization(
-        self, index: int, path: Path, hidden: HiddenStates, bits: Literal[4, 8], *, offset: bool
+        self,
+        index: int,
+        path: Path,
+        hidden: HiddenStates,
+        bits: Literal[4, 8],
+        *,
+        offset: bool,
+        first: int = 0,
     ) -> KVQuantization:
         """How a quantized K/V cache loses least.
 
@@ -176,12 +183,16 @@ class Runner:
             hidden: its input, `[sequences, length, D]`.
             bits: bits per value of the cache.
             offset: whether its keys may have an offset, see `KVQuantization`.
+            first: which of the calibration's sequences is the first of `hidden`.
         """
         session = create_session(path, self.device)
         feeds = self._feeds_of(session, index)
         room = max(self.spec.facts.max_length - hidden.shape[1], 0)
         starts = [int((row * _GOLDEN_RATIO % 1) ** 3 * room) for row in range(len(hidden))]
-        runs = [session.run(_KV, feeds(row, x, starts[row])) for row, x in enumerate(hidden)]
+        runs = [
+            session.run(_KV, feeds(first + row, x, start))
+            for row, (x, start) in enumerate(zip(hidden, starts, strict=True))
+        ]
         keys, values = (np.concatenate(found).swapaxes(0, 1) for found in zip(*runs, strict=True))
         key_scale, key_offset = _least_error(keys, bits, offset=offset and bits == 4)
         value_scale, _ = _least_error(values, bits, offset=False)

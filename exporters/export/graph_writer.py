@@ -112,21 +112,22 @@ class GraphWriter:
             hessians = self.runner.layer_with_hessians(
                 index, folder / paths["full"], hidden, out, inputs, sinks, held_out(len(hidden))
             )
-        kv, states = None, hidden[:_FIGURE_SEQUENCES]
+        kv, first = None, held_out(len(hidden))
         if target != exact and spec.mixer_of(index) == "attention":
             kv = self.runner.kv_quantization(
                 index,
                 folder / paths["full"],
-                states,
+                hidden[first : first + _FIGURE_SEQUENCES],
                 8 if target.kv_cache == "int8" else 4,
                 offset=layer.sinks is None and spec.block.attention_softcap is None,
+                first=first,
             )
         if "full" in variants and target == exact:
             self.fp32_kept += kept
         else:
             for part in _files_of(folder, paths["full"]):
                 part.unlink()
-        few, full = states, out[:_FIGURE_SEQUENCES]
+        few, full = hidden[:_FIGURE_SEQUENCES], out[:_FIGURE_SEQUENCES]
         scale, cosine = scale_and_cosine(few, full)
         correction = None
         if rank := self.options.compensation_rank:

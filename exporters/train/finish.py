@@ -24,6 +24,7 @@ from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
 from dash_onnx.exporters.train.tables import tables
 from dash_onnx.exporters.train.trainer import Trainer
+from dash_onnx.exporters.train.transfer import scorer_to_start_from
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.model import Model
@@ -60,7 +61,8 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     trainer.model.rounds_inputs = manifest.target.accuracy_level == INT8_INPUTS
     with trainer.autocast():
         table, static = tables(trainer, scorer, manifest, rounding)
-    margin = _margin([text.content.name for text in trainer.options.texts], manifest)
+    names = [text.content.name for text in trainer.options.texts]
+    margin = _margin(names, _fitted(trainer, training))
     facts = replace(
         facts,
         points=table,
@@ -73,16 +75,36 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     return replace(manifest, costs=plan_times(Bundle(folder, manifest), device))
 
 
-def _margin(names: Sequence[str], manifest: Manifest) -> float:
+def _fitted(trainer: Trainer, training: Training) -> list[str]:
+    """Sources of the texts that INT4, the compensation or the scorer were fitted to before.
+
+    Of the same text, a training that draws another number of sequences holds out other tokens.
+    """
+
+    def rows(facts: Training) -> tuple[str, int, int, int]:
+        return facts.source, facts.tokens, facts.held_out_tokens, facts.seed
+
+    manifest, start = trainer.bundle.manifest, trainer.options.start
+    scorers = [manifest.scorer] if manifest.scorer else []
+    if start is not None:
+        scorers.append(scorer_to_start_from(Bundle(start)))
+    others = [f.training for f in scorers if f.margin > 1 or rows(f.training) != rows(training)]
+    return [facts.source for facts in (manifest.calibration, *others)]
+
+
+def _margin(names: Sequence[str], fitted: Sequence[str]) -> float:
     """How much more other text may lose than training text with these names.
 
-    INT4 is fitted to the text that it was calibrated on, and loses more on any other.
+    What is fitted to a text loses more on any other.
+
+    Args:
+        names: of the texts; empty if the model wrote them.
+        fitted: see `_fitted`.
     """
-    calibrated = manifest.calibration.source
-    # Nobody knows what came from standard input, `-`.
-    seen = "-" in names and calibrated != "self-generated"
+    given = [source for source in fitted if source != "self-generated"]
+    seen = bool(given) and "-" in names  # nobody knows what came from standard input
     for name in (*names, "-"):
-        seen = seen or re.search(rf"(^|, ){re.escape(name)}(@|, |$)", calibrated) is not None
+        seen = seen or any(re.search(rf"(^|, ){re.escape(name)}(@|, |$)", text) for text in given)
     return OTHER_TEXT if seen or not names else 1.0
 
 

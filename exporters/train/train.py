@@ -59,7 +59,7 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
         with writing(folder, overwrite=True) as trained:
             _check_unchanged(bundle)
             # Files that show the old policy must not outlive it.
-            old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
+            old = shutil.ignore_patterns(FUSED_FOLDER, f".{FUSED_FOLDER}.*", REPORT_NAME)
             shutil.copytree(folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
             manifest = finish(trainer, trained, profile)
             write_card(trained, manifest)

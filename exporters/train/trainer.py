@@ -19,6 +19,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import FileFacts
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.text import TextCodec
+from dash_onnx.core.version import __version__
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.augmentation import augmented
 from dash_onnx.exporters.train.checkpoint import Checkpoint
@@ -117,7 +118,7 @@ class Trainer:
         costs = self.bundle.manifest.costs.in_units(self.actions)
         plan, seed, dtype = dataclasses.asdict(self.plan), self.options.seed, str(self.dtype)
         device = torch.get_default_device().type  # which its random numbers depend on
-        known = [files, shapes, costs, plan, seed, dtype, device]
+        known = [__version__, torch.__version__, files, shapes, costs, plan, seed, dtype, device]
         digest = hashlib.sha256(json.dumps(known).encode())
         for source in self.options.texts:
             digest.update(source.sha256().encode())
