@@ -53,6 +53,8 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
         found = f"does not start ({error})" if installed else "is not installed"
         raise DeviceError(
             f"ONNX Runtime {found}: in a clone of dash-onnx, `pip install '.[cpu]'` (or `[gpu]`)"

@@ -633,6 +633,8 @@ def _items(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
                 }
             ]
         },
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": {"a": 1}}]},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]},
         {"tools": [3]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
         {"response_format": {"type": "xml"}},

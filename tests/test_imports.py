@@ -295,6 +295,20 @@ def test_a_failure_is_not_remembered(installed: Callable[..., None]) -> None:
         ort.onnxruntime.cache_clear()
 
 
+def test_an_interrupt_while_onnx_runtime_loads_is_no_broken_installation(
+    installed: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pybind11 makes an ImportError of it."""
+    installed("onnxruntime", version=None)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    raised = "raise ImportError('initialization failed') from KeyboardInterrupt()"
+    (tmp_path / "onnxruntime.py").write_text(raised)
+    monkeypatch.syspath_prepend(tmp_path)
+    ort.onnxruntime.cache_clear()
+    with pytest.raises(KeyboardInterrupt):
+        ort.onnxruntime()
+
+
 def test_the_cpu_is_available_here() -> None:
     ort.check_device("cpu")
 

@@ -393,8 +393,11 @@ def test_a_required_call_wins_over_a_response_format(tiny_model: Model) -> None:
         tools=[{"type": "function", "function": {"name": "count"}}],
         tool_choice="required",
         response_format={"type": "json_object"},
+        stop=["\n"],
     )
-    grammar = request.with_call(request.options(40), tiny_model.text).grammar
+    options = request.with_call(request.options(40), tiny_model.text)
+    grammar = options.grammar
+    assert options.stop == ()  # which would cut the call
     assert grammar is not None
     tokenizer = guidance_tokenizer(tiny_model.text, tiny_model.text.tokenizer.get_vocab_size())
     for text, takes in (('{"name": "count", "arguments": {}}', True), ("{}", False)):

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from dash_onnx.cli.eval import main
-from dash_onnx.core.errors import ContextLengthError, SourceError
+from dash_onnx.core.errors import ContextLengthError, DashError, SourceError
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.eval.model import DashLM
 from dash_onnx.eval.tasks import evaluate_task, json_lines_task
@@ -343,6 +343,12 @@ def test_the_command_of_the_harness_runs_it(tiny_bundle: Path, tmp_path: Path) -
     done = lm_eval("nine")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("lm_eval: error: unknown policy 'nine'")
+
+
+@pytest.mark.parametrize(("given", "told"), [({}, "bundle=FOLDER is missing"), ({"foo": 1}, "foo")])
+def test_wrong_model_arguments_are_told(given: Any, told: str, tiny_model: Model) -> None:
+    with pytest.raises(DashError, match=f"{told}.*known are bundle, policy"):
+        DashLM(**given, **({"bundle": tiny_model} if given else {}))
 
 
 # Scores

@@ -144,6 +144,19 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
     assert len(render(template, {"messages": messages})) > 300 * 3 * len(content)
 
 
+def test_a_loop_may_ask_for_the_length_of_all_messages() -> None:
+    """As Qwen 3's does, in every turn; here with calls, as agents have them."""
+    call = {"function": {"name": "count", "arguments": {"ships": 3, "ports": ["a", "b"]}}}
+    turns = [{"role": "user", "content": "how many?"}, {"role": "assistant", "tool_calls": [call]}]
+    template = (
+        "{% for m in messages[::-1] %}{% set index = (messages|length - 1) - loop.index0 %}"
+        "{{ index }}{% endfor %}"
+    )
+    began = time.monotonic()
+    render(template, {"messages": turns * 1000})
+    assert time.monotonic() - began < 1  # it took minutes to count what is in them
+
+
 def test_a_debugger_sees_a_template_run() -> None:
     seen = []
     before = sys.gettrace()

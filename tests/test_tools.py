@@ -326,6 +326,11 @@ def test_python_that_is_no_call_is_said(written: str) -> None:
     assert calls == [] and written in said
 
 
+def test_numbers_that_json_has_not_are_sent_as_text() -> None:
+    text = '<tool_call>{"name": "count", "arguments": {"a": 1e400, "b": NaN}}</tool_call>'
+    assert read(text, [COUNT]) == ("", [("count", {"a": "1e400", "b": "NaN"})])
+
+
 # Tags that are special tokens
 
 
@@ -377,8 +382,18 @@ def answered(
     for number, token in enumerate(ids, 1):
         reason: Any = "stop" if number == len(ids) else None
         thinking = thoughts.took(token)
-        choice.add(writer.add(GeneratedToken(token, ("full",), 0.0, reason, thinking=thinking)))
+        chunk = writer.add(GeneratedToken(token, ("full",), 0.0, reason, thinking=thinking))
+        choice.add(chunk)
+        if chunk.finish_reason is not None:
+            break
     return choice
+
+
+@pytest.mark.parametrize("stop", ["\n", '"arg', "ships"])
+def test_a_call_that_a_stop_string_cuts_is_no_text(stop: str, tiny_bundle: Path) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    choice = answered(codec, f"Ho!<tool_call>\n{CALL}\n</tool_call>", (stop,))
+    assert (choice.text, choice.calls, choice.finished("stop")) == ("Ho!", [], "stop")
 
 
 @pytest.mark.parametrize(

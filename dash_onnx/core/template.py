@@ -272,6 +272,8 @@ _JINJA = (ImmutableSandboxedEnvironment, Context, nodes.EvalContext)
 
 def _made(name: str, owner: Any, args: tuple[Any, ...]) -> float:
     """The most characters that a filter or a method makes from its first value and the others."""
+    if name in ("length", "count"):  # reads no item: templates ask for it in each turn of a loop
+        return 1
     if name in ("format", "format_map"):
         return _formatted(str(owner), args)
     if name == "replace" and len(args) >= 2 and isinstance(args[0], str):

@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import dash_onnx
 from dash_onnx.core.budget import Budget
-from dash_onnx.core.errors import ContextLengthError
+from dash_onnx.core.errors import ContextLengthError, DashError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
@@ -25,6 +25,7 @@ from dash_onnx.runtime.options import GREEDY, GenerationOptions
 
 T = TypeVar("T")
 
+_ARGUMENTS = ("policy", "budget", "threads", "max_gen_toks", "speculate")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -44,7 +45,7 @@ class DashLM(TemplateLM):
 
     def __init__(
         self,
-        bundle: str | Model,
+        bundle: str | Model = "",
         policy: str | Policy = "",
         budget: Budget | None = None,
         threads: int | None = None,
@@ -53,6 +54,7 @@ class DashLM(TemplateLM):
         batch_size: object = None,
         max_batch_size: object = None,
         device: object = None,
+        **others: object,
     ):
         """Loads a bundle, for the device that it was exported for.
 
@@ -66,8 +68,15 @@ class DashLM(TemplateLM):
             batch_size: ignored; the harness passes it to every model. Sequences run one by one.
             max_batch_size: ignored, like `batch_size`.
             device: ignored, like `batch_size`.
+            others: none; a mistyped name is refused.
+
+        Raises:
+            DashError: `bundle` is missing or cannot be used, or an argument is not known.
         """
         super().__init__()
+        if not bundle or others:
+            told = f"unknown: {', '.join(others)}" if others else "bundle=FOLDER is missing"
+            raise DashError(f"--model_args: {told}; known are bundle, {', '.join(_ARGUMENTS)}")
         # The harness forks to compute standard errors: with ONNX Runtime's threads that can hang.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if not isinstance(bundle, Model):

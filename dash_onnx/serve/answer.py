@@ -70,7 +70,8 @@ class Choice:
                 text, reasoning = header + reasoning, ""
         said = self._reader.add(text)
         if chunk.finish_reason is not None:
-            rest, calls = self._reader.finish(limited=chunk.finish_reason != "stop")
+            whole = chunk.finish_reason == "stop" and chunk.token in self._codec.eos_token_ids
+            rest, calls = self._reader.finish(limited=not whole)  # a stop string may cut a call
             self.calls = calls[: self._most_calls]
             self._cut = self._reader.cut and len(self.calls) != self._most_calls
             said += rest
@@ -217,8 +218,9 @@ class Completions:
         return {
             "tokens": [token["token"] for token in content],
             "token_logprobs": [token["logprob"] for token in content],
-            "top_logprobs": [
-                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in content
+            "top_logprobs": [  # of parts of characters, which look alike, the most likely one
+                {one["token"]: one["logprob"] for one in reversed(token["top_logprobs"])}
+                for token in content
             ],
             "text_offset": [token.offset for token in tokens],
         }

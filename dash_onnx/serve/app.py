@@ -8,6 +8,7 @@ import functools
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -303,7 +304,10 @@ class _Server:
             ) from None
         try:
             request.state.bytes = len(content)
-            return kind.model_validate(json.loads(content))
+            body = json.loads(content, parse_float=_finite, parse_constant=_finite)
+            if b"\\u" in content:  # half a surrogate pair, which no answer could repeat
+                json.dumps(body, ensure_ascii=False).encode()
+            return kind.model_validate(body)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -311,7 +315,8 @@ class _Server:
             message = f"{place}: {told}"[:500] if place else "the body must be a JSON object"
             raise APIError(400, message, "invalid_value", param=place or None) from None
         except (ValueError, RecursionError):
-            raise APIError(400, "the body is not JSON", "invalid_json") from None
+            told = "the body is not JSON, or has a number or text that cannot be stored"
+            raise APIError(400, told, "invalid_json") from None
 
     async def _answer(
         self,
@@ -359,6 +364,13 @@ class _Server:
             known = ", ".join(names)
             raise APIError(404, f"no model {name[:100]!r}; available: {known}", "model_not_found")
         return name
+
+
+def _finite(number: str) -> float:
+    """A number in JSON, which has no NaN; a larger one than a float holds would become infinite."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError
+    return value
 
 
 async def _left(request: Request) -> None:

@@ -93,6 +93,14 @@ _TOKEN = re.compile(  # of a Gemma 4 call's arguments
     r"|(?P<mark>[{}\[\],:])|\s+|(?P<bare>[^{}\[\],:\"<]+|.)",
     re.DOTALL,
 )
+
+
+def _number(text: str) -> float | str:
+    """A number that JSON has, or its text: a model may write any."""
+    return value if math.isfinite(value := float(text)) else text
+
+
+_AS_WRITTEN: Any = {"parse_float": _number, "parse_constant": str}
 _JSON = {"true": True, "false": False, "null": None}  # names in Python
 _NO_LITERAL = SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError
 _MOST_PYTHON, _MOST_ENDS = 20_000, 500  # characters of a call, and brackets that may end it
@@ -202,7 +210,7 @@ class CallReader:
         name, arguments, end = written
         if isinstance(arguments, str):  # some write them as they are sent
             with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments or "{}", parse_constant=str)
+                arguments = json.loads(arguments or "{}", **_AS_WRITTEN)
         arguments = json.dumps({} if arguments is None else arguments)
         whole = arguments.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
         function = {"name": name, "arguments": whole}
@@ -243,7 +251,7 @@ def _in_own_quotes(text: str, start: int, name: str) -> tuple[str, Any, int] | N
         depth += (mark in "{[") - (mark in "}]") if mark else 0
         if mark and not depth:
             with contextlib.suppress(ValueError, RecursionError):
-                return name, json.loads("".join(parts), parse_constant=str), found.end()
+                return name, json.loads("".join(parts), **_AS_WRITTEN), found.end()
             break
     return None
 
@@ -251,7 +259,7 @@ def _in_own_quotes(text: str, start: int, name: str) -> tuple[str, Any, int] | N
 def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | None:
     """Name and arguments of a call in JSON, which are all of it if its name is known."""
     try:
-        call, end = json.JSONDecoder(parse_constant=str).raw_decode(text, start)
+        call, end = json.JSONDecoder(**_AS_WRITTEN).raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
     if known:
@@ -318,7 +326,7 @@ def _value(text: str, kinds: set[str]) -> Any:
     if kinds == {"string"}:
         return text
     try:
-        value = json.loads(text, parse_constant=str)
+        value = json.loads(text, **_AS_WRITTEN)
     except (ValueError, RecursionError):
         value = _from_python(text)
     fits = "string" not in kinds or kinds & _KINDS.get(type(value), set())

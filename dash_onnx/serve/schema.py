@@ -263,6 +263,8 @@ class ChatRequest(GenerationRequest):
         """
         tools, choice = self._tools
         call = forced_call(tools, choice, codec)
+        if call is not None:  # which a stop string would only break
+            options = dataclasses.replace(options, stop=())
         if call is None and tools and options.grammar is not None:
             if (schema := self.response_format.schema_of_answer()) is None:
                 raise PolicyError("tools go with a response_format of JSON, no other grammar")

@@ -270,10 +270,11 @@ def _form(template: str | None) -> Form:
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     """A message with the arguments of calls as objects, which OpenAI's API has as JSON strings."""
-    if not isinstance(message.get("tool_calls"), list):
+    given = message.get("tool_calls")
+    if given is None:
         return message
     calls = []
-    for call in message["tool_calls"]:
+    for call in given if isinstance(given, list) else [None]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise PolicyError("a tool call must be {type: function, function: {name, arguments}}")
