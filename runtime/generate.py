@@ -256,19 +256,27 @@ class Generation:
         if not isinstance(found, np.ndarray) or found.shape != logits.shape:
             what = getattr(found, "shape", type(found).__name__)
             raise PolicyError(f"{told} of shape {logits.shape}, not {what}")
-        if not np.max(found) > -np.inf:
+        if not np.issubdtype(found.dtype, np.floating):
+            raise PolicyError(f"{told} in floating point, not {found.dtype}")
+        if not (largest := np.max(found)) > -np.inf:
             raise PolicyError(f"{told} of which one is above -inf, and none is NaN")
+        if largest == np.inf:  # only these
+            return np.where(found == np.inf, 0, -np.inf).astype(found.dtype)
         return found
 
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""
         raw = logits
-        if self._options.logits_processor is not None:
-            logits = self._processed(self._options.logits_processor, logits)
+        processor = self._options.logits_processor
+        if processor is not None:
+            logits = self._processed(processor, logits)
         if self._thoughts.due:
             token = self._thoughts.due[0]
         else:
-            token = self._sampler(self._masked(logits), self.text)
+            logits = self._masked(logits)
+            if processor is not None and np.max(logits) == -np.inf:
+                raise PolicyError("no token is left by both the grammar and the logits_processor")
+            token = self._sampler(logits, self.text)
         most = self._options.logprobs
         told = None if most is None else Logprobs.of(raw, token, most)
         thinking = self._thoughts.took(token)

@@ -199,6 +199,8 @@ class PrefixStore:
         if len(ids) < _MIN_KEPT or self._longest(ids, cache_key)[0] == len(ids):
             return
         saved = Saved.of(state, tokens, cache_key)
+        if saved.nbytes > self._limit:
+            return
         digest = hashlib.sha256(cache_key.encode() + ids.tobytes()).hexdigest()
         name = f"{digest[:32]}.safetensors"
         for key, old in [*self._entries.items()]:
@@ -253,7 +255,8 @@ class PrefixStore:
 
     def _shrink(self) -> None:
         while self._entries and sum(saved.nbytes for saved in self._entries.values()) > self._limit:
-            self._drop(next(iter(self._entries)))
+            large = (name for name, saved in self._entries.items() if saved.nbytes > self._limit)
+            self._drop(next(large, next(iter(self._entries))))
 
     def _drop(self, name: str) -> None:
         del self._entries[name]

@@ -169,7 +169,8 @@ class _Timed:
         Returns:
             None if it does not fit in memory, or other work disturbed it.
         """
-        if not _fits(self._bundle.manifest, plan):
+        loaded = self._reference.sequence.sessions.loaded_bytes
+        if not _fits(self._bundle.manifest, plan, loaded):
             return None
         found = _compared(self._reference, self._way(plan, multiplier))
         release_memory()
@@ -218,12 +219,11 @@ def error_of(values: Sequence[float]) -> float:
     return float(0.93 * (high - low) / np.sqrt(len(values)))
 
 
-def _fits(manifest: Manifest, plan: Plan) -> bool:
-    """Whether memory has room for a plan beside the reference."""
+def _fits(manifest: Manifest, plan: Plan, loaded: int) -> bool:
+    """Whether memory has room for a plan beside the reference, of which some may be loaded."""
     room, reference = available_bytes(), manifest.variants[0]
-    needed = manifest.weight_bytes(
-        (reference,) * manifest.model.num_layers, manifest.heads[reference]
-    )
+    path = (reference,) * manifest.model.num_layers
+    needed = manifest.weight_bytes(path, manifest.heads[reference]) - loaded
     if plan.path:
         needed += manifest.weight_bytes(plan.path, plan.head)
     else:

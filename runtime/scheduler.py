@@ -115,6 +115,7 @@ class Scheduler:
         decoding, forced = self._decoding([slot for slot in busy if slot.answers])
         if not self._gather(decoding):
             self._gather(decoding + first)
+        decoding, first = ([s for s in some if s.request is not None] for some in (decoding, first))
         shared = self._shared(first, decoding)
         for slot in forced if shared else forced + first:
             self._guarded(slot, lambda: self._prompt(slot, alone=not decoding))  # noqa: B023
@@ -160,7 +161,7 @@ class Scheduler:
         if not free:
             return False
         last = max(slots, key=lambda slot: slot.number)
-        last.exchange(min(free, key=lambda slot: slot.number))
+        self._guarded(last, lambda: last.exchange(min(free, key=lambda slot: slot.number)))
         return True
 
     def _begin(self, slot: Slot, request: Request[Any]) -> None:

@@ -73,7 +73,13 @@ class Slot:
 
     def exchange(self, other: Slot) -> None:
         """Swaps rows with a slot that has no request; each keeps what its K/V cache holds."""
-        self.state.kv.exchange(other.state.kv)
+        try:
+            self.state.kv.exchange(other.state.kv)
+        except BaseException:  # some layers are swapped
+            for slot in (self, other):
+                slot.tokens.clear()
+                slot.state.truncate(0)
+            raise
         self.number, other.number = other.number, self.number
         self.state, other.state = other.state, self.state
         if self.going is not None:

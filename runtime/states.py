@@ -78,12 +78,14 @@ class States:
 
     def begin(self, length: int, count: int = 0) -> None:
         """Prepares a pass of `count` tokens after `length`: the last present becomes the past."""
-        before, self.start = length - self.start, length
+        before = length - self.start
         if before and self._trades:
             self.past, self.present, self.turn = self.present, self.past, 1 - self.turn
         elif before:  # at 0, that pass runs again
+            self.start = -1  # no place until the copy is whole
             for name, buffer in self.present.items():
                 self.past[name].write(buffer.array)
+        self.start = length
         new = length - max(self.points, default=0)
         if new and (max(before, count) >= LONG or new >= _SPACING):
             self.points[length] = {name: past.array.copy() for name, past in self.past.items()}

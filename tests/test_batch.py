@@ -19,6 +19,7 @@ import dash_onnx
 from dash_onnx.core.arrays import common_length
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
+from dash_onnx.runtime import kv
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.model import Model
@@ -438,6 +439,35 @@ def test_answers_move_into_the_rows_of_those_that_ended(
         pass
     assert "".join(piece.text for piece in again) == wanted[5]
     assert batch.reused - held == len(scored.text.encode(prompts[5])) - 1  # wherever it lies now
+
+
+def test_an_answer_that_cannot_move_ends_alone_and_leaves_nothing(
+    scored: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, prompts = [60, 8, 60], ["the keeper", "counts", "the ships"]
+    each = [options(policy="int8", max_new_tokens=length) for length in lengths]
+    wanted = [scored.generate(text, options=one) for text, one in zip(prompts, each, strict=True)]
+    batch, copies, told = scored.new_scheduler(3), iter(range(2)), list[list[Any]]()
+    write = kv.exchange
+
+    def full(*given: Any) -> None:
+        if next(copies, None) is None:
+            raise MemoryError
+        write(*given)
+
+    monkeypatch.setattr(kv, "exchange", full)
+    for prompt, one in zip(prompts, each, strict=True):
+        told.append([])
+        batch.submit(scored.request(prompt, told[-1].append, one))
+    while batch.step():
+        pass
+    assert isinstance(told[2][-1], MemoryError)
+    monkeypatch.setattr(kv, "exchange", write)
+    told[2].clear()
+    batch.submit(scored.request(prompts[2], told[2].append, each[2]))
+    while batch.step():
+        pass
+    assert ["".join(piece.text for piece in pieces) for pieces in told] == wanted
 
 
 def test_an_answer_moves_into_a_row_of_a_cache_that_has_just_grown(scored: Model) -> None:

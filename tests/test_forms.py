@@ -617,6 +617,24 @@ def _items(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
     assert found.usage is not None and found.usage.output_tokens <= 4
 
 
+def test_a_grammar_and_a_processor_that_leave_no_token_are_told(tiny_model: Model) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    braces = [n for n in range(384) if "{" in tiny_model.text.piece(n)]
+
+    def without(_: object, logits: np.ndarray) -> np.ndarray:
+        logits[braces] = -np.inf
+        return logits
+
+    for temperature in (0, 0.8):
+        with pytest.raises(PolicyError, match="no token is left by both"):
+            tiny_model.generate(
+                "a",
+                grammar=Grammar.json_schema(schema),
+                logits_processor=without,
+                temperature=temperature,
+            )
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -144,6 +144,15 @@ def test_the_oldest_go_when_there_is_no_room(tiny_model: Model, tmp_path: Path) 
     assert answer(tiny_model, none, FIRST, SECOND, FIRST)[0] and len(none) == 0
 
 
+def test_a_text_without_room_leaves_the_others(tiny_model: Model, tmp_path: Path) -> None:
+    store = PrefixStore(tiny_model.manifest, 1 << 30, tmp_path)
+    answer(tiny_model, store, FIRST)
+    (file,) = tmp_path.rglob("*.safetensors")
+    small = PrefixStore(tiny_model.manifest, file.stat().st_size, tmp_path)
+    answer(tiny_model, small, FIRST + SECOND)
+    assert [*tmp_path.rglob("*.safetensors")] == [file] and len(small) == 1
+
+
 def test_a_cache_is_taken_up_from_its_file(
     tiny_model: Model, tmp_path: Path, ran: list[int]
 ) -> None:

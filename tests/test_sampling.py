@@ -321,6 +321,19 @@ def test_a_logits_processor_is_asked_before_each_token(tiny_model: Model) -> Non
         tiny_model.stream("the keeper", logits_processor=5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_token_that_is_infinitely_likely_is_drawn(
+    temperature: float, given: Any, tiny_model: Model
+) -> None:
+    def processed(_: object, logits: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(logits)) == 20, np.inf, logits)
+
+    given = {"max_new_tokens": 3, "ignore_eos": True, "temperature": temperature, **given}
+    steps = tiny_model.generate_step([3, 4], logits_processor=processed, **given)
+    assert [step.token for step in steps] == [20] * 3
+
+
 def test_a_single_stop_string_is_not_taken_for_its_letters() -> None:
     assert GenerationOptions(stop="END").stop == ("END",)
 
@@ -345,8 +358,9 @@ def test_no_new_tokens_at_all_is_refused(count: int) -> None:
         lambda logits: "x",
         lambda logits: logits * np.nan,
         lambda logits: np.full_like(logits, -np.inf),
+        lambda logits: logits.astype(np.int64),
     ],
-    ids=["None", "short", "text", "nan", "none left"],
+    ids=["None", "short", "text", "nan", "none left", "integers"],
 )
 def test_what_a_logits_processor_returns_is_checked(made: Any, tiny_model: Model) -> None:
     with pytest.raises(PolicyError, match="logits_processor must return logits"):

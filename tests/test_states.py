@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -290,6 +291,32 @@ def test_requests_that_share_passes_get_the_text_of_one_alone(model: Model) -> N
         logits, _ = batch.forward([0, 1], [[token]] * 2, [FixedPath(path, "int8")] * 2)
     for got, want in zip(logits, wanted, strict=True):
         np.testing.assert_allclose(got[0], want, atol=1e-4)
+
+
+def test_an_interrupted_copy_of_states_is_no_place_and_made_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, path = random_ids(20), ("int8",) * model.manifest.model.num_layers
+    batch = Rows.new(model._sessions, 2, 64)
+    batch.states[0].prefill(prompt, path, "int8")
+    part, copies = batch.states[0].kv.states, iter(range(1))
+    assert part is not None
+    one = next(buffer for buffer in part.past.values())
+    write = type(one).write
+
+    def interrupted(buffer: Any, *given: Any) -> None:
+        if next(copies, None) is None:
+            raise KeyboardInterrupt
+        write(buffer, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(one), "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            part.begin(20)
+    assert part.start < 0 and part.place(20, 20) == 20
+    part.begin(20)
+    for name, buffer in part.present.items():
+        np.testing.assert_array_equal(part.past[name].array, buffer.array)
 
 
 def test_a_row_takes_up_what_another_text_left_and_a_store_kept(
