@@ -273,8 +273,8 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     given = message.get("tool_calls")
     if given is None:
         return message
-    calls = []
-    for call in given if isinstance(given, list) else [None]:
+    calls, listed = [], given if isinstance(given, list) else [{}]
+    for call in listed:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise PolicyError("a tool call must be {type: function, function: {name, arguments}}")

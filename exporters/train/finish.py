@@ -89,7 +89,7 @@ def _fitted(trainer: Trainer, training: Training) -> list[str]:
     if start is not None:
         scorers.append(scorer_to_start_from(Bundle(start)))
     others = [f.training for f in scorers if f.margin > 1 or rows(f.training) != rows(training)]
-    return [facts.source for facts in (manifest.calibration, *others)]
+    return [manifest.calibration.source, *(facts.source for facts in others)]
 
 
 def _margin(names: Sequence[str], fitted: Sequence[str]) -> float:
