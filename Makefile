@@ -33,6 +33,9 @@ help:
 
 demo: $(BUNDLE)/.trained
 	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)" --policy dash --show-path
+	@echo
+	@echo 'This was --policy dash, decisions per token. Presets run what was measured to be fastest.'
+	@echo 'Next: $(BIN)/dash-run $(BUNDLE) "Give me three tips for better sleep."'
 
 demo-0.5b: OTHER = build/demo-0.5b/$(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
 demo-0.5b:

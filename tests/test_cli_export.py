@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import dash_onnx
 from dash_onnx.cli.export import main
+from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import pipeline
 
 UNTRAINED = ("--effort", "none")
@@ -54,30 +55,22 @@ def quick(model: object, out: Path, text: Path, *more: object) -> tuple[object, 
 # What it prints
 
 
-def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
+def test_at_the_end_it_says_what_presets_run_and_what_to_do_next(
     tiny_folder: Path, night: Path, out: Path, capsys: Capture
 ) -> None:
     assert run(tiny_folder, out, *UNTRAINED, "--calibration", night, "--log-level", "warning") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    lines = captured.out.splitlines()
-    head, rows, total, rest = lines[0], lines[1:5], lines[5], "\n".join(lines[6:])
-    for column in ("layer", "int8 MB", "int4 MB", "skip MB", "scale", "cosine"):
-        assert column in head
-    assert all(f"{action} err" in head for action in ("int8", "int4", "skip"))
-    assert "full" not in head  # by default it is not kept
+    head, *rows, size, text, last = captured.out.splitlines()
+    rows = rows[: next(n for n, row in enumerate(rows) if row.startswith("time: "))]
+    assert head.split() == ["preset", "time", "KL", "head", "layers"]
     manifest = dash_onnx.load(out).manifest
-    assert manifest.target.accuracy_level == 4
-    for index, (row, layer) in enumerate(zip(rows, manifest.layers, strict=True)):
-        cells = row.split()
-        assert cells[0] == str(index)
-        sizes = [f"{layer.bytes[action] / 1e6:.2f}" for action in ("int8", "int4", "skip")]
-        errors = [f"{layer.relative_error[action]:.4f}" for action in ("int8", "int4", "skip")]
-        assert cells[1:] == [*sizes, f"{layer.scale:.3f}", f"{layer.cosine:.3f}", *errors]
-    assert total.split()[0] == "all" and len(total.split()) == 4
-    assert f"tiny -> {out}" in rest
-    assert "night.txt" in rest
-    assert f"dash-run '{out}' \"Hello!\"" in rest  # as a shell takes a path with a blank
+    assert manifest.target.accuracy_level == 4 and "full" not in manifest.variants
+    for name, plan in preset_plans(manifest).items():
+        (row,) = [row for row in rows if name in row.split("  ")[0].split(", ")]
+        assert f"{plan.kl:.4f}" in row and row.endswith(f"4 {plan.path[0]}" if plan.path else "")
+    assert size.startswith(f"tiny -> {out}: ") and "night.txt" in text
+    assert last == f"try it: dash-run '{out}' \"Hello!\""  # as a shell takes a path with a blank
     assert os.listdir(out.parent) == ["out"]
 
 

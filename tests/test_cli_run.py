@@ -609,6 +609,14 @@ def test_an_option_that_is_nearly_another_is_answered_with_it(
     assert f"mean {known}?" in message or known is None
 
 
+def test_the_first_options_of_other_tools_are_answered_with_what_stands_here(
+    capsys: Capture,
+) -> None:
+    message = refused(capsys, "-m", "out", "-p", "hi", "-n", "5")
+    for told in ("the model as the first", "the prompt as the second", "-n give --max-tokens"):
+        assert told in message
+
+
 def test_help_has_examples(capsys: Capture) -> None:
     assert run("--help") == 0
     examples = capsys.readouterr().out.partition("examples:")[2]

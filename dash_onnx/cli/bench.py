@@ -343,4 +343,4 @@ def _table(results: list[Result]) -> str:
                 "-" if rate is None else f"{rate:.1f}",
             ]
         )
-    return "\n".join(aligned(rows, left=1))
+    return "\n".join(aligned(rows, left=(0,)))

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from dash_onnx.cli import leave
 from dash_onnx.cli.log import Line, logging_to_stderr
 from dash_onnx.core.errors import DashError
+from dash_onnx.core.progress import wrapped
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line.
+
+    Attributes:
+        elsewhere: what stands here for the options of other tools.
+    """
+
+    elsewhere: Mapping[str, str] = {}
 
     def __init__(self, prog: str, description: str, examples: str):
         """Adds `--version`, and the examples below the options."""
@@ -44,7 +51,11 @@ class Parser(argparse.ArgumentParser):
         for word in message.split():
             options = self._option_string_actions
             known = get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.65)
-            if message.startswith("unrecognized") and word.startswith("--") and known:
+            if not message.startswith("unrecognized"):
+                continue
+            if word in self.elsewhere:
+                message += f"; instead of {word} give {self.elsewhere[word]}"
+            elif word.startswith("--") and known:
                 message += f"; did you mean {known[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
@@ -277,17 +288,23 @@ def add_max_tokens_option(parser: Options, default: int, what: str) -> None:
     )
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+def tell(*lines: str) -> None:
+    """Prints lines to stdout; on a terminal, sentences break between words."""
+    text = "\n".join(lines)
+    print(wrapped(text) if sys.stdout.isatty() else text)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
     """Lines of a table, with right-aligned columns of minimum width.
 
     Args:
         rows: cells, header first.
-        left: number of leading columns that are left-aligned.
+        left: indices of the columns that are left-aligned.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -19,8 +19,9 @@ from dash_onnx.cli.common import (
     log_level,
     positive,
     run,
+    tell,
 )
-from dash_onnx.cli.plans import plans_table
+from dash_onnx.cli.plans import presets_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.cli.tables import check_lines, summary
 from dash_onnx.core.actions import DEFAULT_FORMS, Action, parse_variants
@@ -187,11 +188,12 @@ def _export(arguments: argparse.Namespace, variants: tuple[Action, ...], wide: b
         facts["check"] = checked and dataclasses.asdict(checked)
         print(json.dumps({"folder": str(arguments.out), **facts}))
     else:
-        print(summary(manifest, arguments.out), *plans_table(manifest), sep="\n")
+        tell(*presets_table(manifest))
         if manifest.scorer is not None:
-            print(curve(manifest).verdict)
+            tell(curve(manifest).verdict)
         if checked is not None:
-            print("\n".join(check_lines(checked)))
+            tell(*check_lines(checked))
+        tell(*summary(manifest, arguments.out))
     return checked.failures if checked else []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
-from dash_onnx.cli.common import Parser, add_json_option, aligned, run
+from dash_onnx.cli.common import Parser, add_json_option, aligned, run, tell
 from dash_onnx.cli.forecast import forecast
 from dash_onnx.cli.plans import plans_table
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
@@ -73,19 +73,23 @@ def main(argv: list[str] | None = None) -> int:
 
         if arguments.remove is not None:
             remove(arguments.remove)
+        facts: Any
         if arguments.path is None:
-            models, lines = listing()
-            print(json.dumps(models) if arguments.json else "\n".join(map(printable, lines)))
-            return
-        if not arguments.path:
+            facts, lines = listing()
+        elif not arguments.path:
             raise SourceError(
                 "PATH is empty: give a model folder, a .gguf file, a hub id or a bundle"
             )
-        bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
-        if bundle and (arguments.variants or arguments.requantize):
+        elif not (Path(arguments.path) / MANIFEST_NAME).is_file():
+            facts, lines = _model(arguments)
+        elif arguments.variants or arguments.requantize:
             raise DashError("--variants and --requantize are for a model, and this is a bundle")
-        facts, lines = _bundle(arguments) if bundle else _model(arguments)
-        print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
+        else:
+            facts, lines = _bundle(arguments)
+        if arguments.json:
+            print(json.dumps(facts))
+        else:
+            tell(*map(printable, lines))
 
     return run("dash-info", body)
 
@@ -143,7 +147,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         _license(source.license),
         *([_EXACT] if options.ternary else []),
         "",
-        *aligned(rows, left=1),
+        *aligned(rows, left=(0,)),
         "",
         f"embedding {sizes.embedding / 1e6:.1f} MB; bundle {sizes.bundle / 1e6:.1f} MB on disk, "
         f"{sizes.work / 1e6:.1f} MB more during the export; {here.free_disk_bytes / 1e9:.1f} GB "
@@ -207,7 +211,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"of {manifest.target.block_size}, compensation of rank {manifest.compensation_rank}",
         *([_EXACT] if manifest.target.ternary and "int2" in manifest.variants else []),
         "",
-        *aligned(rows, left=1),
+        *aligned(rows, left=(0,)),
         "",
         f"a token, all layers {manifest.variants[0]}: {reference_ms(manifest):.2f} ms on "
         f"{costs.machine}, {costs.threads} threads",

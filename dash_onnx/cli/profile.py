@@ -18,6 +18,7 @@ from dash_onnx.cli.common import (
     add_json_option,
     add_threads_option,
     run,
+    tell,
 )
 from dash_onnx.cli.plans import plans_table
 
@@ -113,4 +114,4 @@ def _profile(arguments: argparse.Namespace) -> None:
     if manifest.scorer is not None:
         print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
     print(f"one graph saves a layer    {costs.join_ms:8.3f} ms")
-    print("\n".join(plans_table(manifest)))
+    tell(*plans_table(manifest))

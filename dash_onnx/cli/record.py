@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.progress import wrapped
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.stream import Completion
@@ -78,12 +79,12 @@ class Record:
         }
 
     def line(self) -> str:
-        """The summary after the text."""
+        """The summary after the text; on a terminal, it breaks between words."""
         facts = self.figures()
         speed = facts["tokens_per_s"]
         accepted, drafted = facts["accepted_tokens"], facts["draft_tokens"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
-        return (
+        text = (
             "["
             + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
             + f"{facts['generated_tokens']} tokens"
@@ -93,6 +94,7 @@ class Record:
             + (f" | {accepted} of {drafted} draft tokens accepted" if drafted else "")
             + f" | {self._drawn()} | {facts['finish_reason']}]"
         )
+        return wrapped(text) if sys.stderr.isatty() else text
 
     def _drawn(self) -> str:
         """How tokens are sampled, as far as it differs from the default."""

@@ -49,6 +49,14 @@ _MAX_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
 _PATIENCE_S = 2.0  # seconds before an idle pipe is reported
 _LOG = logging.getLogger(__name__)
 _DEFAULTS = GenerationOptions()
+_MODEL, _PROMPT = "the model as the first argument", "the prompt as the second argument"
+_ELSEWHERE = {  # docs/reference/cli.md
+    **dict.fromkeys(("-m", "--model", "-hf"), _MODEL),
+    **dict.fromkeys(("-p", "--prompt"), _PROMPT),
+    **{"-n": "--max-tokens", "-t": "--threads", "-s": "--seed", "-r": "--stop"},
+    **{"-sys": "--system", "--system-prompt": "--system", "-jf": "--json-schema"},
+    **{"-c": "dash-export --max-length", "-md": "--speculate", "--draft-model": "--speculate"},
+}
 _EXAMPLES = """\
   dash-run out/ "Tell me a story" --budget fast --show-path
   cat notes.txt | dash-run out/ "Summarize this" --json
@@ -58,7 +66,7 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text with a model or its bundle.", _EXAMPLES)
     parser.usage = "dash-run BUNDLE [PROMPT] [option ...]"
-    parser._optionals.title = "basic"
+    parser._optionals.title, parser.elsewhere = "basic", _ELSEWHERE
     add_bundle_argument(parser, "a bundle or a model: hub id, folder, GGUF file")
     parser.add_argument(
         "prompt",

@@ -1,4 +1,4 @@
-"""The final output of dash-export: the layers of a bundle, and how they compare."""
+"""The final output of dash-export."""
 
 from __future__ import annotations
 
@@ -41,43 +41,15 @@ def check_lines(result: CheckResult) -> list[str]:
     return [*aligned([head, *cells]), "", line]
 
 
-def summary(manifest: Manifest, out: Path) -> str:
-    """The closing table: size, scale, cosine and relative error of each layer."""
-    actions = [action for action in ACTIONS if action in manifest.layers[0].bytes]
-    errors = [action for action in actions if action in manifest.layers[0].relative_error]
-    head = [
-        "layer",
-        *(f"{a} MB" for a in actions),
-        "scale",
-        "cosine",
-        *(f"{a} err" for a in errors),
-    ]
-    rows = [
-        [
-            str(index),
-            *(f"{layer.bytes[action] / 1e6:.2f}" for action in actions),
-            f"{layer.scale:.3f}",
-            f"{layer.cosine:.3f}",
-            *(f"{layer.relative_error[action]:.4f}" for action in errors),
-        ]
-        for index, layer in enumerate(manifest.layers)
-    ]
-    totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in actions}
-    rows.append(
-        ["all", *(f"{totals[a] / 1e6:.1f}" for a in actions), "", "", *("" for _ in errors)]
-    )
-    lines = aligned([head, *rows])
+def summary(manifest: Manifest, out: Path) -> list[str]:
+    """What was exported, and the next command, as lines."""
     facts = manifest.export
     size = sum(file.bytes for file in manifest.files.values())
-    lines += [
-        "scale, cosine: of a layer's output relative to its input; err: its relative error "
-        "against full",
-        "",
+    lines = [
         f"{manifest.model.name} -> {out}: {size / 1e6:.0f} MB in {facts.seconds:.0f} s, "
         f"peak memory {facts.peak_rss_bytes / 1e9:.2f} GB",
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
     ]
     if facts.fp32_kept:
         lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")
-    lines.append(f'try it: dash-run {shlex.quote(str(out))} "Hello!"')
-    return "\n".join(lines)
+    return [*lines, f'try it: dash-run {shlex.quote(str(out))} "Hello!"']

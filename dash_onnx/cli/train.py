@@ -20,8 +20,9 @@ from dash_onnx.cli.common import (
     known,
     log_level,
     run,
+    tell,
 )
-from dash_onnx.cli.plans import plans_table
+from dash_onnx.cli.plans import presets_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.budget import scorer_facts, shown
 from dash_onnx.core.errors import DashError
@@ -117,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(facts)))
         else:
-            print(table(manifest), curve(manifest).verdict, sep="\n")
+            tell(*table(manifest), curve(manifest).verdict)
 
     return run("dash-train", body, log_level(arguments))
 
 
-def table(manifest: Manifest) -> str:
-    """The policy table and the presets."""
+def table(manifest: Manifest) -> list[str]:
+    """The policy table and the presets, as lines."""
     facts = scorer_facts(manifest)
     head = ["budget", "KL", "head", *facts.actions]
     rows = [
@@ -135,13 +136,12 @@ def table(manifest: Manifest) -> str:
         ]
         for point in facts.points
     ]
-    lines = aligned([head, *rows])
     training = facts.training
-    lines += [
+    return [
+        *aligned([head, *rows]),
         "",
-        *plans_table(manifest),
+        *presets_table(manifest),
         "",
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]
-    return "\n".join(lines)

@@ -28,18 +28,23 @@ _BAR_S = 1.0  # from one refresh of a bar to the next, between steps
 _LINE_S = 30.0  # from line to line of a log
 
 
+def wrapped(text: str) -> str:
+    """A text whose lines break between words, to fit the terminal; rows of tables stay."""
+    wrap = textwrap.TextWrapper(
+        width=max(shutil.get_terminal_size().columns - 1, 1),
+        break_long_words=False,
+        break_on_hyphens=False,  # of paths
+    ).wrap
+    lines = text.split("\n")
+    return "\n".join(part for line in lines for part in ("  " not in line and wrap(line)) or [line])
+
+
 class BarHandler(logging.StreamHandler):
     """Writes records to a terminal, above the bars that stand for those of phases."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Breaks lines between words."""
-        wrap = textwrap.TextWrapper(
-            width=max(shutil.get_terminal_size().columns - 1, 1),
-            break_long_words=False,
-            break_on_hyphens=False,  # of paths
-        ).wrap
-        lines = super().format(record).split("\n")
-        return "\n".join(part for line in lines for part in wrap(line) or [""])
+        return wrapped(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leaves out what a bar shows."""
