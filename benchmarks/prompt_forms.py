@@ -70,7 +70,7 @@ def main() -> None:
     cells = [["", *(f"{name}, {part}" for name in found for part in ("prompt", "int4 after"))]]
     for form in FORMS:
         cells.append([form, *(f"{v:.4f}" for kl in found.values() for v in kl[form])])
-    print("\n".join(aligned(cells, left=1)))
+    print("\n".join(aligned(cells, left=(0,))))
 
 
 def first_tokens(

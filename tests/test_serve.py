@@ -763,6 +763,10 @@ def test_a_key_is_needed_where_one_is_set(tiny_model: Model) -> None:
         (b'{"messages": [5]}', 400),
         (b'{"messages": [{"role": "user", "content": "hi"}], "metadata": {"a": 1e400}}', 400),
         (b'{"messages": [{"role": "user", "content": "hi"}], "metadata": {"a": "\\ud800"}}', 400),
+        (
+            b'{"messages": [{"role": "user", "content": "hi"}], "metadata": {"a": "\xed\xa0\x80"}}',
+            400,
+        ),
         (b'{"messages": [{"role": "user", "content": "hi"}], "top_p": NaN}', 400),
         (b"\xff\xfe", 400),
         (b'"' + b"x" * (5 << 20) + b'"', 413),

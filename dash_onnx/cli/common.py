@@ -53,8 +53,9 @@ class Parser(argparse.ArgumentParser):
             known = get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.65)
             if not message.startswith("unrecognized"):
                 continue
-            if word in self.elsewhere:
-                message += f"; instead of {word} give {self.elsewhere[word]}"
+            name = word.partition("=")[0]
+            if name in self.elsewhere:
+                message += f"; instead of {name} give {self.elsewhere[name]}"
             elif word.startswith("--") and known:
                 message += f"; did you mean {known[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

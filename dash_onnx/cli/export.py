@@ -193,7 +193,7 @@ def _export(arguments: argparse.Namespace, variants: tuple[Action, ...], wide: b
             tell(curve(manifest).verdict)
         if checked is not None:
             tell(*check_lines(checked))
-        tell(*summary(manifest, arguments.out))
+        print(*summary(manifest, arguments.out), sep="\n")  # a command to copy has no line breaks
     return checked.failures if checked else []
 
 

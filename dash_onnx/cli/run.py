@@ -51,7 +51,7 @@ _LOG = logging.getLogger(__name__)
 _DEFAULTS = GenerationOptions()
 _MODEL, _PROMPT = "the model as the first argument", "the prompt as the second argument"
 _ELSEWHERE = {  # docs/reference/cli.md
-    **dict.fromkeys(("-m", "--model", "-hf"), _MODEL),
+    **dict.fromkeys(("-m", "--model"), _MODEL),
     **dict.fromkeys(("-p", "--prompt"), _PROMPT),
     **{"-n": "--max-tokens", "-t": "--threads", "-s": "--seed", "-r": "--stop"},
     **{"-sys": "--system", "--system-prompt": "--system", "-jf": "--json-schema"},

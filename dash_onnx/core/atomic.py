@@ -23,6 +23,9 @@ from dash_onnx.core.manifest import MANIFEST_NAME
 NEW, OLD, _LOCK = "bundle", "replaced", "lock"
 """In a workspace: what becomes the destination, what was there, and the lock."""
 
+_COPIED = "copied"
+"""Exists there from when `OLD` is a whole copy until what was copied is gone."""
+
 PARTIAL, WRITING, TRAINING = "partial", "new", "training"
 """Names of the workspaces of a bundle: of its export, of `writing`, and of its training."""
 
@@ -202,8 +205,8 @@ def workspace(
     with locked(folder, name) as space:
         kept = False
         try:
-            replaces = (space / NEW).is_dir() or not folder.exists()
-            if (space / OLD / marker).is_file() and replaces:  # killed between two renames
+            killed = not folder.exists() or (space / _COPIED).exists()  # between two renames
+            if (space / OLD).is_dir() and killed:
                 _put_back(space, folder)
                 check_destination(folder, overwrite, marker)
             yield space
@@ -253,10 +256,12 @@ def _move(space: Path, folder: Path) -> None:
             copy = space / f"{OLD}.copy"  # of a container's image
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(folder, copy, symlinks=True)
-            _rename(copy, space / OLD)  # which is whole where it exists
+            _rename(copy, space / OLD)
+            (space / _COPIED).touch()
     try:
         if folder.exists():
             shutil.rmtree(folder)
+            (space / _COPIED).unlink()
         _rename(space / NEW, folder)
     except BaseException:  # Ctrl-C between the two renames
         if (space / OLD).exists():
@@ -267,6 +272,7 @@ def _move(space: Path, folder: Path) -> None:
 def _put_back(space: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _rename(space / OLD, folder)
+    (space / _COPIED).unlink(missing_ok=True)
 
 
 def _rename(path: Path, to: Path) -> None:

@@ -80,6 +80,8 @@ class PathView:
         middle = ""
         if self._policy.scored:
             middle = f", the middle is the budget of {(self._low + self._high) / 2:.2f} ms"
+        elif self._policy.uniform is not None:
+            middle = ", and all tokens run on one path"
         return f"[cost per token: {self._low:.2f} ms {ramp} {self._high:.2f} ms{middle}]"
 
 

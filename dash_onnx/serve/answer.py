@@ -218,10 +218,7 @@ class Completions:
         return {
             "tokens": [token["token"] for token in content],
             "token_logprobs": [token["logprob"] for token in content],
-            "top_logprobs": [  # of parts of characters, which look alike, the most likely one
-                {one["token"]: one["logprob"] for one in reversed(token["top_logprobs"])}
-                for token in content
-            ],
+            "top_logprobs": [_by_text(token["top_logprobs"]) for token in content],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -237,3 +234,11 @@ class Completions:
                 "tool_calls": choice.calls,
             }
         return {"message": message}
+
+
+def _by_text(tokens: list[dict[str, Any]]) -> dict[str, float]:
+    """Log probabilities by text; of parts of characters, which look alike, the most likely one."""
+    found: dict[str, float] = {}
+    for one in tokens:
+        found.setdefault(one["token"], one["logprob"])
+    return found

@@ -304,7 +304,7 @@ class _Server:
             ) from None
         try:
             request.state.bytes = len(content)
-            body = json.loads(content, parse_float=_finite, parse_constant=_finite)
+            body = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite)
             if b"\\u" in content:  # half a surrogate pair, which no answer could repeat
                 json.dumps(body, ensure_ascii=False).encode()
             return kind.model_validate(body)

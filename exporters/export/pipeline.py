@@ -125,7 +125,7 @@ def export(
         release_memory()
         manifest = replace(manifest, costs=profile(Bundle(folder, manifest), writer.runner.device))
         static = writer.losses(ids, final).static(Bundle(folder, manifest))
-        manifest = replace(manifest, static=static)
+        manifest = replace(manifest, static=static, export=_facts(source, so_far()))
         release_memory()
         write_card(folder, manifest)
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")

@@ -76,7 +76,7 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
 
 
 def _fitted(trainer: Trainer, training: Training) -> list[str]:
-    """Sources of the texts that INT4, the compensation or the scorer were fitted to before.
+    """Sources of the texts that the export and the last training were fitted to.
 
     Of the same text, a training that draws another number of sequences holds out other tokens.
     """
