@@ -40,8 +40,8 @@ def plans_table(manifest: Manifest) -> list[str]:
 
     Of the plans above the KL limits of all presets, only the slowest is shown.
     """
-    plans, least = candidates(manifest), max(PRESETS.values()) / margin_of(manifest)
-    worse = [plan for plan, names in plans if not names and plan.kl > least]
+    plans, limit = candidates(manifest), max(PRESETS.values()) / margin_of(manifest)
+    worse = [plan for plan, names in plans if not names and plan.kl > limit]
     rows = [
         [
             ", ".join(names),
