@@ -303,7 +303,7 @@ def test_the_harness_finds_the_model_by_its_name(tiny_bundle: Path) -> None:
     arguments = {"bundle": str(tiny_bundle), "policy": "random:3"}
     model = get_model("dash").create_from_arg_obj(arguments, {"device": "cuda:0", "batch_size": 1})
     assert isinstance(model, DashLM) and model.policy.name == "random:3"
-    with pytest.raises(TypeError, match="polcy"):
+    with pytest.raises(DashError, match="polcy"):
         get_model("dash").create_from_arg_obj({"bundle": str(tiny_bundle), "polcy": "int8"})
 
 
