@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.cli.common import Terminated, may_repeat
+from dash_onnx.cli.common import Terminated, may_repeat, tell
 from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.atomic import write_text
 from dash_onnx.core.errors import ContextLengthError, DashError, PolicyError, SourceError
@@ -153,7 +153,7 @@ class Chat:
                 print()
                 self._say("stopped")
             else:
-                print(record.line(), file=sys.stderr)
+                tell(record.line(), file=sys.stderr)
         answer = {"role": "assistant", "content": "".join(chunk.text for chunk in record.chunks)}
         if reasoning := "".join(chunk.reasoning for chunk in record.chunks):
             answer["reasoning_content"] = reasoning

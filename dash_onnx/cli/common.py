@@ -15,7 +15,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeAlias
 
 from dash_onnx.cli import leave
 from dash_onnx.cli.log import Line, logging_to_stderr
@@ -48,15 +48,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the error and where to find help; exit code 2."""
-        for word in message.split():
-            options = self._option_string_actions
-            known = get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.65)
-            if not message.startswith("unrecognized"):
-                continue
+        for word in message.split() if message.startswith("unrecognized") else ():
             name = word.partition("=")[0]
+            known = get_close_matches(name, self._option_string_actions, n=1, cutoff=0.65)
             if name in self.elsewhere:
                 message += f"; instead of {name} give {self.elsewhere[name]}"
-            elif word.startswith("--") and known:
+            elif name.startswith("--") and known:
                 message += f"; did you mean {known[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
@@ -289,10 +286,10 @@ def add_max_tokens_option(parser: Options, default: int, what: str) -> None:
     )
 
 
-def tell(*lines: str) -> None:
-    """Prints lines to stdout; on a terminal, sentences break between words."""
-    text = "\n".join(lines)
-    print(wrapped(text) if sys.stdout.isatty() else text)
+def tell(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines, to stdout by default; on a terminal, sentences break between words."""
+    text, to = "\n".join(lines), file or sys.stdout
+    print(wrapped(text) if to.isatty() else text, file=to)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

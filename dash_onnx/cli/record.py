@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.core.policy import Policy
-from dash_onnx.core.progress import wrapped
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.stream import Completion
@@ -79,12 +78,12 @@ class Record:
         }
 
     def line(self) -> str:
-        """The summary after the text; on a terminal, it breaks between words."""
+        """The summary after the text."""
         facts = self.figures()
         speed = facts["tokens_per_s"]
         accepted, drafted = facts["accepted_tokens"], facts["draft_tokens"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
-        text = (
+        return (
             "["
             + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
             + f"{facts['generated_tokens']} tokens"
@@ -94,7 +93,6 @@ class Record:
             + (f" | {accepted} of {drafted} draft tokens accepted" if drafted else "")
             + f" | {self._drawn()} | {facts['finish_reason']}]"
         )
-        return wrapped(text) if sys.stderr.isatty() else text
 
     def _drawn(self) -> str:
         """How tokens are sampled, as far as it differs from the default."""

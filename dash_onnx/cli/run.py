@@ -31,6 +31,7 @@ from dash_onnx.cli.common import (
     may_repeat,
     run,
     seed,
+    tell,
 )
 from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS, WIDE
@@ -252,7 +253,7 @@ def _run(arguments: argparse.Namespace) -> None:
             print(json.dumps({**told, **record.figures()}))
         else:
             show(chunks, path_view(model, options, arguments.show_path))
-            print(record.line(), file=sys.stderr)
+            tell(record.line(), file=sys.stderr)
             if record.only_thoughts:
                 _LOG.warning(
                     "the thoughts took all of --max-tokens: raise it, or set --max-thinking-tokens"

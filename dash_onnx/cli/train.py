@@ -61,7 +61,7 @@ def _parser() -> Parser:
         metavar="OTHER",
         type=known,
         help="start from the policy of another bundle of a similar model, or of BUNDLE itself, and "
-        "train with a tenth of the passes: for a fine-tune of the model, new text or another machine",
+        "train with a tenth of the passes: for a fine-tune of it, new text or another machine",
     )
     add_json_option(parser)
     add_log_options(parser)
