@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from dash_onnx.core.atomic import (
     write_text,
     writing,
 )
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError
 
 
@@ -348,6 +350,17 @@ def test_the_only_copy_that_a_killed_process_left_comes_back(tmp_path: Path) -> 
     with pytest.raises(BundleError, match="pass --overwrite"):
         write(tmp_path / "out")
     assert snapshot(tmp_path) == {"out": "", "out/dash.json": b"old"}
+
+
+@pytest.mark.parametrize("name", ["new", "partial"])
+def test_what_opens_the_bundle_says_where_its_only_copy_is(tmp_path: Path, name: str) -> None:
+    only = tmp_path / f".out.{name}/replaced"
+    only.mkdir(parents=True)
+    with pytest.raises(BundleError, match=f"rename {re.escape(str(only))} to out$"):
+        Bundle(tmp_path / "out")
+    only.rename(tmp_path / "out")
+    with pytest.raises(BundleError, match="is missing"):
+        Bundle(tmp_path / "out")
 
 
 def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:

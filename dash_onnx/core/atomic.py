@@ -177,6 +177,12 @@ def workspace_of(folder: Path, name: str) -> Path:
     return folder.with_name(f".{folder.name}.{name}")
 
 
+def only_copy(folder: Path) -> Path | None:
+    """What was at `folder`, if a process was killed just before it would have been replaced."""
+    spaces = [workspace_of(folder, name) for name in (WRITING, PARTIAL)] if folder.name else []
+    return next((space / OLD for space in spaces if (space / OLD).is_dir()), None)
+
+
 @contextmanager
 def workspace(
     folder: Path,

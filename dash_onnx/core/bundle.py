@@ -8,7 +8,7 @@ import shlex
 import stat
 from pathlib import Path, PurePosixPath
 
-from dash_onnx.core.atomic import write_text
+from dash_onnx.core.atomic import only_copy, write_text
 from dash_onnx.core.contract import CARD_NAME, SHARED_DATA, data_name
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import FileFacts
@@ -150,6 +150,8 @@ def _remedy(folder: Path) -> str:
         cached = "`dash-info` without arguments lists those that dash-run exported"
         return f"{what}, export it first with `{command}`; {cached}"
     missing, out = "there is no such folder", shlex.quote(name)
+    if not folder.exists() and (kept := only_copy(folder)) is not None:
+        return f"a process was killed while it replaced it; rename {kept} to {folder.name}"
     if folder.is_file():
         missing, out = "it is a file, which is a model only if its name ends in .gguf", "BUNDLE"
     elif folder.is_dir():
