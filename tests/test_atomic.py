@@ -361,6 +361,8 @@ def test_what_opens_the_bundle_says_where_its_only_copy_is(tmp_path: Path, name:
     only.rename(tmp_path / "out")
     with pytest.raises(BundleError, match="is missing"):
         Bundle(tmp_path / "out")
+    with pytest.raises(BundleError, match="there is no such folder"):
+        Bundle("/missing/..")
 
 
 def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_rows_that_were_read_leave_memory(models: Path) -> None:
     file = models / "f16.gguf"
     table = Table(opened(file).weights, NAME)
     before = resident_bytes(file)
+    assert before > 0  # its header: the mappings are found
     assert sum(map(len, row_groups(table))) == ROWS  # 2 bytes of each value are in the file
     assert resident_bytes(file) - before < COLUMNS * ROWS
 

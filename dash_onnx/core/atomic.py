@@ -179,8 +179,10 @@ def workspace_of(folder: Path, name: str) -> Path:
 
 def only_copy(folder: Path) -> Path | None:
     """What was at `folder`, if a process was killed just before it would have been replaced."""
-    spaces = [workspace_of(folder, name) for name in (WRITING, PARTIAL)] if folder.name else []
-    return next((space / OLD for space in spaces if (space / OLD).is_dir()), None)
+    if folder.resolve().exists():  # such as of `missing/..`
+        return None
+    kept = (workspace_of(folder, name) / OLD for name in (WRITING, PARTIAL))
+    return next(filter(Path.is_dir, kept), None)
 
 
 @contextmanager

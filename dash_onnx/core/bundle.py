@@ -150,7 +150,7 @@ def _remedy(folder: Path) -> str:
         cached = "`dash-info` without arguments lists those that dash-run exported"
         return f"{what}, export it first with `{command}`; {cached}"
     missing, out = "there is no such folder", shlex.quote(name)
-    if not folder.exists() and (kept := only_copy(folder)) is not None:
+    if (kept := only_copy(folder)) is not None:
         return f"a process was killed while it replaced it; rename {kept} to {folder.name}"
     if folder.is_file():
         missing, out = "it is a file, which is a model only if its name ends in .gguf", "BUNDLE"
