@@ -14,10 +14,8 @@ model = og.Model(folder)
 tokenizer = og.Tokenizer(model)
 prompt = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": question}]))
 ids = tokenizer.encode(prompt)
-context = json.loads(Path(folder, "genai_config.json").read_text("utf-8"))["model"][
-    "context_length"
-]
 params = og.GeneratorParams(model)
+context = params.get_search_options()["max_length"]
 params.set_search_options(max_length=min(len(ids) + 256, context))  # of prompt and answer
 generator = og.Generator(model, params)
 if len(sys.argv) > 3:  # a preset instead of the budget that the graph has

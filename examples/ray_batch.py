@@ -4,7 +4,8 @@
     python examples/ray_batch.py out/ prompts.jsonl answers/ --budget balanced
 
 `prompts.jsonl` has an `id` and a `prompt` on each line. Answers are written as they come, a file
-for each part. After an interruption, run it again to answer the remaining prompts.
+for each part. After an interruption, run it again to answer the remaining prompts. A prompt that
+cannot be answered, such as one beyond the model's context, gets an `error` instead of a `text`.
 """
 
 from __future__ import annotations
@@ -18,30 +19,41 @@ from typing import Any
 import numpy as np
 import ray
 
+import dash_onnx
+
 
 class Answers:
     """A process with a loaded bundle."""
 
     def __init__(self, bundle: str, folder: str, threads: int, budget: str | None, tokens: int):
-        import dash_onnx
-
         self._model = dash_onnx.load(bundle, threads=threads, budget=budget)
         self._options = dash_onnx.GenerationOptions(max_new_tokens=tokens)
         self._folder = Path(folder)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers the prompts of a batch together, and writes them before the next one."""
-        chats = [[{"role": "user", "content": str(prompt)}] for prompt in batch["prompt"]]
-        texts = self._model.batch(chats, options=self._options)
+        found = self._answers([str(prompt) for prompt in batch["prompt"]])
         lines = [
-            json.dumps({"id": str(name), "text": str(text)})
-            for name, text in zip(batch["id"], texts, strict=True)
+            json.dumps({"id": str(name), **line})
+            for name, (line, _) in zip(batch["id"], found, strict=True)
         ]
         part = self._folder / f"{uuid.uuid4().hex}.jsonl"
         partial = part.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n", "utf-8")
         partial.rename(part)
-        return {"id": batch["id"], "tokens": np.array([text.generated_tokens for text in texts])}
+        return {"id": batch["id"], "tokens": np.array([tokens for _, tokens in found])}
+
+    def _answers(self, prompts: list[str]) -> list[tuple[dict[str, str], int]]:
+        """What to write for each prompt, and its number of generated tokens."""
+        chat = self._model.text.chat_template is not None
+        asked = [[{"role": "user", "content": one}] if chat else one for one in prompts]
+        try:
+            texts = self._model.batch(asked, options=self._options)
+        except dash_onnx.DashError as error:
+            if len(prompts) == 1:
+                return [({"error": str(error)}, 0)]
+            return [one for prompt in prompts for one in self._answers([prompt])]
+        return [({"text": str(text)}, text.generated_tokens) for text in texts]
 
 
 def answered(folder: Path) -> set[str]:

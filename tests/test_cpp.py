@@ -64,3 +64,14 @@ def test_tokens_are_those_of_python(
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **given})
     assert result.returncode == 0, result.stderr
     assert [int(word) for word in result.stdout.split()] == wanted
+
+
+def test_an_error_is_one_message(program: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    fuse(Bundle(tiny_bundle), tmp_path / "fused", FuseOptions("node", "int8"), overwrite=False)
+    one_path, missing_file = tmp_path / "fused" / MODEL, tmp_path / "none.onnx"
+    for model, why in ((missing_file, "none.onnx"), (one_path, BUDGET)):
+        env = {**os.environ, "DASH_BUDGET": "0.5"}
+        command = [str(program), str(model), "4", "1"]
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 1 and not result.stdout
+        assert result.stderr.startswith("generate: ") and why in result.stderr

@@ -129,6 +129,15 @@ def test_a_model_without_a_chat_template_continues_the_text(bundle: Bundle, tmp_
     assert len(found["tokens"]) == 4
 
 
+def test_a_template_that_takes_only_parts_gets_parts(bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fused(bundle, "int8"), tmp_path / "fused"))
+    parts = "{% for part in m.content %}{{ part.text }};{% endfor %}"
+    template = f"{{% for m in messages %}}{parts}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template)
+    found = json.loads(node(folder, "--json", "--max-tokens", "1"))
+    assert TextCodec(bundle).decode(found["prompt"]) == f"{QUESTION};"
+
+
 @pytest.mark.parametrize(
     ("policy", "arguments", "why"),
     [

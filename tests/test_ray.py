@@ -169,6 +169,7 @@ def test_a_dataset_goes_on_where_it_was_stopped(
     needed("ray")
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers"
     asked = {str(n): f"the keeper counts {n} ships" for n in range(320)}
+    asked["160"] *= 100
     prompts.write_text("".join(f"{json.dumps({'id': i, 'prompt': p})}\n" for i, p in asked.items()))
     command = [sys.executable, str(EXAMPLE), str(tiny_bundle), str(prompts), str(answers)]
     command += ["--max-tokens", "8", "--threads", "1", "--processes", "2"]
@@ -184,8 +185,9 @@ def test_a_dataset_goes_on_where_it_was_stopped(
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = [line for part in answers.glob("*.jsonl") for line in part.read_text().splitlines()]
-    found = {line["id"]: line["text"] for line in map(json.loads, lines)}
+    found = {line.pop("id"): line for line in map(json.loads, lines)}
     assert found.keys() == asked.keys()
     assert len(lines) == len(asked)  # none twice
-    for name in ("0", "160", "319"):
-        assert found[name] == tiny_model.chat(asked[name], max_new_tokens=8)
+    for name in ("0", "161", "319"):  # the second beside a prompt that is too long
+        assert found[name] == {"text": tiny_model.chat(asked[name], max_new_tokens=8)}
+    assert "context" in found["160"]["error"]

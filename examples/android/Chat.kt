@@ -18,22 +18,26 @@ fun answer(folder: String, messages: String, preset: String?, onText: (String) -
     val template = File(folder, "chat_template.jinja").readText() // null would crash GenAI 0.18
     Model(folder).use { model ->
         Tokenizer(model).use { tokenizer ->
-            GeneratorParams(model).use { options ->
-                options.setSearchOption("max_length", 512.0)
-                Generator(model, options).use { generator ->
-                    Adapters(model).use { budgets ->
-                        if (preset != null) {
-                            budgets.loadAdapter("$folder/$preset.onnx_adapter", preset)
-                            generator.setActiveAdapter(budgets, preset)
-                        }
-                        val prompt = tokenizer.applyChatTemplate(template, messages, null, true)
-                        tokenizer.encode(prompt).use { generator.appendTokenSequences(it) }
-                        tokenizer.createStream().use { text ->
-                            while (!generator.isDone) {
-                                val before = generator.tokenCount()
-                                generator.generateNextToken()
-                                if (generator.tokenCount() > before) { // an end token is not kept
-                                    onText(text.decode(generator.getLastTokenInSequence(0)))
+            val prompt = tokenizer.applyChatTemplate(template, messages, null, true)
+            tokenizer.encode(prompt).use { tokens ->
+                GeneratorParams(model).use { options ->
+                    val context = options.getSearchNumber("max_length")
+                    val length = tokens.getSequence(0).size + 256.0 // with the answer
+                    options.setSearchOption("max_length", minOf(length, context))
+                    Generator(model, options).use { generator ->
+                        Adapters(model).use { budgets ->
+                            if (preset != null) {
+                                budgets.loadAdapter("$folder/$preset.onnx_adapter", preset)
+                                generator.setActiveAdapter(budgets, preset)
+                            }
+                            generator.appendTokenSequences(tokens)
+                            tokenizer.createStream().use { text ->
+                                while (!generator.isDone) {
+                                    val before = generator.tokenCount()
+                                    generator.generateNextToken()
+                                    if (generator.tokenCount() > before) { // an end token is not kept
+                                        onText(text.decode(generator.getLastTokenInSequence(0)))
+                                    }
                                 }
                             }
                         }

@@ -42,6 +42,7 @@ size_t OgaSequencesGetSequenceCount(const OgaSequences*, size_t);
 OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
 OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, int32_t token, const char** out);
 OgaResult* OgaCreateGeneratorParams(const OgaModel*, OgaGeneratorParams**);
+OgaResult* OgaGeneratorParamsGetSearchNumber(const OgaGeneratorParams*, const char* name, double*);
 OgaResult* OgaGeneratorParamsSetSearchNumber(OgaGeneratorParams*, const char* name, double);
 OgaResult* OgaCreateGenerator(const OgaModel*, const OgaGeneratorParams*, OgaGenerator**);
 OgaResult* OgaCreateAdapters(const OgaModel*, OgaAdapters**);
@@ -62,7 +63,7 @@ const int32_t* OgaGenerator_GetSequenceData(const OgaGenerator*, size_t);
 #include <stdexcept>
 #include <string>
 
-constexpr double kNewTokens = 256;  // beyond the prompt; both must fit the context
+constexpr double kNewTokens = 256;  // beyond the prompt, as far as the context reaches
 
 void check(OgaResult* result) {
   if (result != nullptr) throw std::runtime_error(OgaResultGetError(result));
@@ -112,8 +113,10 @@ void chat(const std::string& folder, const std::string& question, const std::str
   OgaDestroyString(prompt);
 
   auto params = made(OgaDestroyGeneratorParams, OgaCreateGeneratorParams, model.get());
+  double context = 0;
+  check(OgaGeneratorParamsGetSearchNumber(params.get(), "max_length", &context));
   const double length = OgaSequencesGetSequenceCount(sequences.get(), 0) + kNewTokens;
-  check(OgaGeneratorParamsSetSearchNumber(params.get(), "max_length", length));
+  check(OgaGeneratorParamsSetSearchNumber(params.get(), "max_length", std::min(length, context)));
   auto adapters = made(OgaDestroyAdapters, OgaCreateAdapters, model.get());
   auto generator = made(OgaDestroyGenerator, OgaCreateGenerator, model.get(), params.get());
   if (!preset.empty()) {  // instead of the budget that the graph has

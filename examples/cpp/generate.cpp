@@ -5,6 +5,7 @@
 //   ./generate out/fused/model.onnx 32 1 9690 198 2683
 //
 // A folder of `dash-fuse BUNDLE` will do: its budget has a default, which a host may feed all the same.
+// Layers that keep states instead of K and V (LFM 2, Qwen 3.5) are left to chat.cpp.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -12,19 +13,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-int main(int argc, char** argv) {
-  if (argc < 4) {
-    std::cerr << "usage: generate MODEL COUNT ID... (DASH_BUDGET in the environment)\n";
-    return 2;
-  }
-  std::vector<int64_t> ids;
-  for (int i = 3; i < argc; ++i) ids.push_back(std::atoll(argv[i]));
-
+void generate(const char* model, int count, std::vector<int64_t> ids) {
   Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "dash");
-  Ort::Session session(env, argv[1], Ort::SessionOptions{});
+  Ort::Session session(env, model, Ort::SessionOptions{});
   auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   Ort::AllocatorWithDefaultOptions allocator;
 
@@ -37,6 +32,9 @@ int main(int argc, char** argv) {
   while (std::count(outputs.begin(), outputs.end(), "present." + std::to_string(layers) + ".key"))
     ++layers;
   const size_t pasts = 2 * layers;
+  for (const auto& name : inputs)
+    if (name.rfind("past.", 0) == 0)
+      throw std::runtime_error("this graph has layers that keep states: run it with chat");
   inputs.resize(2 + pasts);
   outputs.resize(1 + pasts);  // without `dash_path`
 
@@ -56,7 +54,7 @@ int main(int argc, char** argv) {
     past.push_back(Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size()));
 
   int64_t total = 0;
-  for (int count = std::atoi(argv[2]); count > 0; --count) {
+  for (; count > 0; --count) {
     total += static_cast<int64_t>(ids.size());
     std::vector<int64_t> mask(total, 1);
     const int64_t ids_shape[] = {1, static_cast<int64_t>(ids.size())};
@@ -74,5 +72,20 @@ int main(int argc, char** argv) {
     std::cout << next << (count > 1 ? " " : "\n") << std::flush;
     past.assign(std::make_move_iterator(found.begin() + 1), std::make_move_iterator(found.end()));
     ids = {next};
+  }
+}
+
+int main(int argc, char** argv) {
+  if (argc < 4) {
+    std::cerr << "usage: generate MODEL COUNT ID... (DASH_BUDGET in the environment)\n";
+    return 2;
+  }
+  std::vector<int64_t> ids;
+  for (int i = 3; i < argc; ++i) ids.push_back(std::atoll(argv[i]));
+  try {
+    generate(argv[1], std::atoi(argv[2]), ids);
+  } catch (const std::exception& error) {
+    std::cerr << "generate: " << error.what() << '\n';
+    return 1;
   }
 }

@@ -14,7 +14,10 @@ if (args.Length < 2)
 using var model = new Model(args[0]);
 using var tokenizer = new Tokenizer(model);
 using var options = new GeneratorParams(model);
-options.SetSearchOption("max_length", 512);
+var messages = JsonSerializer.Serialize(new[] { new { role = "user", content = args[1] } });
+using var prompt = tokenizer.Encode(tokenizer.ApplyChatTemplate(null, messages, null, true));
+var context = options.GetSearchNumber("max_length");
+options.SetSearchOption("max_length", Math.Min(prompt[0].Length + 256, context)); // with the answer
 using var generator = new Generator(model, options);
 
 using var budgets = new Adapters(model); // without an adapter, the default budget of dash-fuse
@@ -24,9 +27,7 @@ if (args.Length > 2)
     generator.SetActiveAdapter(budgets, args[2]);
 }
 
-var messages = JsonSerializer.Serialize(new[] { new { role = "user", content = args[1] } });
-var prompt = tokenizer.ApplyChatTemplate(null, messages, null, true);
-generator.AppendTokenSequences(tokenizer.Encode(prompt));
+generator.AppendTokenSequences(prompt);
 using var text = tokenizer.CreateStream();
 while (!generator.IsDone())
 {

@@ -14,7 +14,10 @@ func answer(folder: String, prompt: String, budget: Float?, onText: (String) -> 
     let model = try OGAModel(path: folder)
     let tokenizer = try OGATokenizer(model: model)
     let options = try OGAGeneratorParams(model: model)
-    try options.setSearchOption("max_length", doubleValue: 512)
+    let tokens = try tokenizer.encode(prompt)
+    let length = Double(tokens.sequenceCount(at: 0, error: nil) + 256)  // with the answer
+    let context = options.getSearchNumber("max_length", error: nil)
+    try options.setSearchOption("max_length", doubleValue: min(length, context))
 
     var value = budget ?? 0  // float32 [1]; not copied, so the generator lives inside the closure
     try withUnsafeMutableBytes(of: &value) { bytes in
@@ -23,7 +26,7 @@ func answer(folder: String, prompt: String, budget: Float?, onText: (String) -> 
             let tensor = try OGATensor(dataPointer: bytes.baseAddress!, shape: [1], type: .float32)
             try generator.setModelInput("dash_budget", tensor: tensor)
         }
-        try generator.appendTokenSequences(tokenizer.encode(prompt))
+        try generator.appendTokenSequences(tokens)
         let text = try OGATokenizerStream(tokenizer: tokenizer)
         while try !generator.isDone() {
             let before = generator.sequenceCount(at: 0, error: nil)

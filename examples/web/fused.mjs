@@ -91,6 +91,7 @@ export class Text {
     };
     const source = await read("chat_template.jinja").catch(none);
     text.template = source && new Template(source);
+    text.takesParts = source && takesParts(text.template);
     const special = (token) => token?.content ?? token;
     text.special = { bos_token: special(config.bos_token), eos_token: special(config.eos_token) };
     text.eos = [(await json("generation_config.json")).eos_token_id].flat();
@@ -101,6 +102,7 @@ export class Text {
   encode(messages) {
     if (!this.template) return this.tokenizer.encode(messages.at(-1).content).ids;
     const unset = { tools: null, documents: null };
+    if (this.takesParts) messages = messages.map(inParts);
     const values = { ...unset, ...this.special, messages, add_generation_prompt: true };
     return this.tokenizer.encode(this.template.render(values), { add_special_tokens: false }).ids;
   }
@@ -121,6 +123,23 @@ export class Text {
       return added;
     };
   }
+}
+
+/** Whether a template shows text only in a list of parts, as beside images. */
+function takesParts(template) {
+  const asked = { role: "user", content: "What is the capital of France?" };
+  const shows = (message) => {
+    try {
+      return template.render({ messages: [message], tools: null }).includes(asked.content);
+    } catch {
+      return false;
+    }
+  };
+  return !shows(asked) && shows(inParts(asked));
+}
+
+function inParts(message) {
+  return { ...message, content: [{ type: "text", text: message.content }] };
 }
 
 function argmax(values) {

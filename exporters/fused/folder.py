@@ -82,11 +82,11 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
         onnx.checker.check_model(folder / MODEL)
         for name in _TEXT_FILES:
             if name in bundle:
-                shutil.copy(bundle.verified(name), folder / name)
+                shutil.copyfile(bundle.verified(name), folder / name)
         for name in manifest.files:
             if name.startswith(f"{SOURCE_FOLDER}/"):
                 (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
-                shutil.copy(bundle.verified(name), folder / name)
+                shutil.copyfile(bundle.verified(name), folder / name)
         if client.genai_files:
             (folder / "genai_config.json").write_text(genai_config(bundle), "utf-8")
             adapt_tokenizer(folder)
