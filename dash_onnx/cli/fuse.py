@@ -52,9 +52,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=(*PRECISIONS, WIDE),
-        help="for dash, the precision of prompts (default: the highest that the policy uses); for "
-        "a single precision such as int4, only wide: faster prompts, in INT8; a "
-        "precision that the policy does not use makes the file larger",
+        help="for dash, the precision of prompts (default: the highest that the policy uses, but "
+        "int8 instead of full); for a single precision such as int4, only wide: faster prompts, in "
+        "INT8; a precision that the policy does not use makes the file larger",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     add_json_option(parser)
@@ -80,7 +80,8 @@ def _fuse(arguments: argparse.Namespace) -> None:
         print(json.dumps({"folder": str(out), "bytes": size}))
     else:
         budgets = json.loads((out / FACTS).read_text("utf-8"))["budgets"]
-        what = (
-            "a budget can be set" if budgets else "one path for all tokens, so it takes no budget"
-        )
+        what = "one path for all tokens, so it takes no budget"
+        if budgets:
+            given = f"decides for a budget of {budgets['default']:.2f}"
+            what = given if arguments.client == "optimum" else f"{given}, which can be changed"
         print(f"{out}: {size / 1e6:.0f} MB, {what}")
