@@ -29,7 +29,6 @@ from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.writer import TextWriter
 
 _TARGETS = 16  # whose draft statistics are kept
-_BEFORE = 8  # ids of a text that decide how its continuation is decoded
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
@@ -125,7 +124,7 @@ class Requests:
         """
         ids = self._encoded(prompt, options)
         raw = raw or isinstance(prompt, str) or _continued(prompt)
-        before = ids[-_BEFORE:].tolist() if raw else ()
+        before = self.text.end(ids.tolist()) if raw else ()
         shown = self._control(options.special_tokens)
         writer = TextWriter(self.text, len(ids), tuple(options.stop), before, shown)
         return self.make(ids, options, writer.add, deliver, raw=raw)

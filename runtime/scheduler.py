@@ -260,8 +260,10 @@ class Scheduler:
         step = slot.going.take(logits, path)
         slot.tokens += slot.going.text[len(slot.tokens) : -1]
         held = slot.state.truncate(len(slot.tokens))
-        if held < len(slot.tokens):  # states cannot forget only the rejected tokens
-            slot.state.layers(np.array(slot.tokens[held:], np.int64), slot.going.decider)
+        if again := slot.tokens[held:]:  # states cannot forget only the rejected tokens
+            del slot.tokens[held:]
+            slot.state.layers(np.array(again, np.int64), slot.going.decider)
+            slot.tokens += again
         if slot.going.forced:
             slot.rest = np.array([step.tokens[-1], *slot.going.take_forced()], np.int64)
             current, options = slot.request.current.policy, slot.request.options
@@ -366,8 +368,7 @@ class Scheduler:
     def free(self, slot: Slot) -> None:
         """Ends a request; what its slot holds may serve the next one."""
         slot.tokens = slot.lasting
-        slot.request, slot.going = None, None
-        slot.rest = slot.rest[:0]
+        slot.request, slot.going, slot.rest = None, None, slot.rest[:0]
         slot.state.release()
         length = min(slot.state.length, len(slot.tokens))
         if len(self._slots) > 1:

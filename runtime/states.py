@@ -110,11 +110,8 @@ class States:
     def back(self, place: int, end: int) -> None:
         """Rolls back to a place; for the arguments see `place`."""
         self.points = {kept: arrays for kept, arrays in self.points.items() if kept <= place}
-        if place in (self.start, end):
-            return
-        for name, buffer in self.past.items():
-            buffer.write(self.points[place][name] if place else 0)
-        self.start = place
+        if place != self.start and (place < end or not end):
+            self._start_from(place)
 
     def exchange(self, other: States) -> None:
         """Swaps contents with the states of as many sequences."""
@@ -135,9 +132,14 @@ class States:
     def restore(self, places: Mapping[int, Arrays], length: int) -> None:
         """Restores what `saved` returned, up to one of its places."""
         self.points = {place: arrays for place, arrays in places.items() if place <= length}
+        self._start_from(length)
+
+    def _start_from(self, place: int) -> None:
+        """Makes 0 or one of the points the past."""
+        self.start = -1  # no place until the copy is whole
         for name, buffer in self.past.items():
-            buffer.write(places[length][name] if length else 0)
-        self.start = length
+            buffer.write(self.points[place][name] if place else 0)
+        self.start = place
 
 
 def exchange(one: Buffer, other: Buffer, where: Any = ...) -> None:

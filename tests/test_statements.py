@@ -245,7 +245,7 @@ def test_the_reference_of_models_lists_what_is_read_of_gguf_files() -> None:
     section = text_of("docs/reference/models.md").partition("\n## GGUF")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
     assert sorted(name for cell in cells for name in names_of(cell)) == sorted({*MODEL_TYPES})
-    (listed,) = re.findall(r"with a known pre-tokenizer:\s+(.*?)\.\s+Of\s", section, re.S)
+    (listed,) = re.findall(r"with a known pre-tokenizer:\s+(.*?)\.\s+Files\s", section, re.S)
     assert {*re.split(r",\s+", listed)} == {*PRE_TOKENIZERS} - {"default"}
 
 

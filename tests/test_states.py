@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,14 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
+from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.drafts import DraftStats
+from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.prefix import PrefixStore, Saved, copy_prefix
+from dash_onnx.runtime.results import GeneratedToken
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.states import LONG, POINTS
@@ -252,14 +256,20 @@ def test_a_saved_conversation_is_the_same(model: Model, tmp_path: Path) -> None:
     assert found == wanted
 
 
-def test_drafts_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
-    ids, cache = random_ids(30), model.new_cache()
+def drafting(model: Model, ids: np.ndarray) -> tuple[Request[GeneratedToken], list[int]]:
+    """A request whose drafts are right but for every sixth token, and the tokens of its answer."""
     options = GenerationOptions(policy="int8", max_new_tokens=24, ignore_eos=True)
     usual = [step.token for step in model.generate_step(ids, options=options, speculate=False)]
     learned = DraftStats(None, ("int8",) * LAYERS, "int8", frozenset())
     request = model._requests.make(ids, options, lambda token: token, lambda piece: None)
     request.stats_of = lambda _: learned
     request.expected = [3 if n % 6 == 5 else token for n, token in enumerate(usual)]
+    return request, usual
+
+
+def test_drafts_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
+    ids, cache = random_ids(30), model.new_cache()
+    request, usual = drafting(model, ids)
     drafted = cache.generation(request)
     steps = [*drafted]
     assert [step.token for step in steps] == usual
@@ -269,6 +279,37 @@ def test_drafts_give_the_same_text_and_leave_the_same_states(model: Model) -> No
     longer = np.array([*cache.tokens, *random_ids(5)])
     found, wanted = (
         [step.token for step in model.generate_step(longer, max_new_tokens=8, cache=one)]
+        for one in (cache, None)
+    )
+    assert found == wanted
+
+
+def test_an_interrupted_return_to_accepted_drafts_leaves_only_what_ran(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States cannot forget only the rejected tokens: what was accepted runs a second time."""
+    ids, cache = random_ids(30), model.new_cache()
+    request, usual = drafting(model, ids)
+    truncate, run, again = SequenceState.truncate, SequenceState.run, list[int]()
+
+    def truncated(self: SequenceState, length: int) -> int:
+        held = truncate(self, length)
+        again[:] = range(held, length)
+        return held
+
+    def interrupted(self: SequenceState, *given: Any) -> None:
+        if len(again) > 1:
+            raise KeyboardInterrupt
+        run(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceState, "truncate", truncated)
+        patched.setattr(SequenceState, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(cache.generation(request))
+    longer = np.array([*ids, *usual])
+    found, wanted = (
+        [step.token for step in model.generate_step(longer, options=request.options, cache=one)]
         for one in (cache, None)
     )
     assert found == wanted
@@ -317,6 +358,38 @@ def test_an_interrupted_copy_of_states_is_no_place_and_made_again(
     part.begin(20)
     for name, buffer in part.present.items():
         np.testing.assert_array_equal(part.past[name].array, buffer.array)
+
+
+@pytest.mark.parametrize("writes", range(8))
+@pytest.mark.parametrize("restores", [False, True])
+def test_interrupted_while_states_are_copied_back_a_sequence_starts_anew(
+    model: Model, monkeypatch: pytest.MonkeyPatch, restores: bool, writes: int
+) -> None:
+    prompt, path = random_ids(60), ("int8",) * model.manifest.model.num_layers
+    state, other = model.new_sequence(), model.new_sequence()
+    for one in (state, other):
+        one.prefill(prompt[:40], path, "int8")
+        one.prefill(prompt[40:], path, "int8")
+    counts, write = iter(range(writes)), Buffer.write
+
+    def interrupted(buffer: Buffer, *given: Any) -> None:
+        if next(counts, None) is None:
+            raise KeyboardInterrupt
+        write(buffer, *given)
+
+    kept = Saved.of(other, prompt.tolist())
+    with monkeypatch.context() as patched:
+        patched.setattr(Buffer, "write", interrupted)
+        with suppress(KeyboardInterrupt):
+            if restores:
+                kept.restore(state, 60)
+            else:
+                state.truncate(0)
+    state.truncate(0)
+    found, wanted = (
+        one.prefill(prompt, path, "int8").copy() for one in (state, model.new_sequence())
+    )
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_row_takes_up_what_another_text_left_and_a_store_kept(

@@ -400,6 +400,16 @@ def test_a_continuation_keeps_its_first_space(
             assert "\ufffd" in known  # it begins inside a character
 
 
+@given(st.text("abc é中안😀", min_size=2))
+def test_the_end_of_a_text_is_enough_to_continue_it(fallback_codec: TextCodec, text: str) -> None:
+    ids = fallback_codec.encode(text).tolist()
+    for cut in range(1, len(ids)):
+        detokenizer = Detokenizer(fallback_codec, fallback_codec.end(ids[:cut]))
+        told = "".join(map(detokenizer.add, ids[cut:])) + detokenizer.finish()
+        if "\ufffd" not in (known := fallback_codec.decode(ids[:cut])):  # not inside a character
+            assert known + told == text
+
+
 def test_finishing_twice_says_nothing_more(codec: TextCodec) -> None:
     detokenizer = Detokenizer(codec)
     for token in codec.encode("a😀").tolist()[:-1]:

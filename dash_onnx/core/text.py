@@ -20,6 +20,7 @@ from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.thoughts import Tags, Thoughts
 
 _NEAR = 8  # most tokens of white space between a prompt's last tag and its end
+_ENDS = range(8, 12)  # a character takes up to 4 tokens
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
 # How byte-level vocabularies write bytes: what is printable as itself, the others from 256 on.
@@ -165,6 +166,14 @@ class TextCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(list(ids))
+
+    def end(self, ids: Sequence[int]) -> list[int]:
+        """The last ids of a text, which decide how its continuation is decoded.
+
+        A decoder of bytes takes them all for broken if the first is inside a character.
+        """
+        ends = [list(ids[-count:]) for count in _ENDS]
+        return next((end for end in ends if not self.decode(end).startswith("\ufffd")), ends[-1])
 
     def token(self, token: int) -> str:
         """The vocabulary entry of an id, special tokens included."""
