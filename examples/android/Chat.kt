@@ -49,7 +49,8 @@ fun answer(folder: String, messages: String, preset: String?, onText: (String) -
 }
 
 fun main(args: Array<String>) {
-    val question = args[1].replace("\\", "\\\\").replace("\"", "\\\"").replace("\n", "\\n")
+    val signs = Regex("[\\x00-\\x1f\"\\\\]") // which JSON writes as \u and a number
+    val question = args[1].replace(signs) { "\\u%04x".format(it.value.codePointAt(0)) }
     answer(args[0], """[{"role": "user", "content": "$question"}]""", args.getOrNull(2)) {
         print(it)
         System.out.flush()
