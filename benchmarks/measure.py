@@ -238,7 +238,7 @@ def server(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:
-    """Exports and passes of 1 to 8 billion random parameters. 25 minutes and 10 GB of disk."""
+    """Exports and passes of 1 to 8 billion random parameters. 65 minutes and 10 GB of disk."""
     shapes = ["1b"] if size == QUICK else ["1b", "3b", "8b"]
     return [["python", "benchmarks/scale.py", BUILD / "scale", "--shapes", *shapes, "--json"]]
 

@@ -355,7 +355,8 @@ def sizes(part: Part) -> str:
         for facts in (*row["measured"], row):
             name = f"{row['shape']}, {facts['layers']:.0f} layers"
             times = [f"{facts[key] / 60:.1f}" for key in ("export_s", "pass_s")]
-            room = [f"{facts[key]:.1f}" for key in ("export_gb", "bundle_gb", "pass_gb")]
+            room = [f"{facts[key]:.1f}" for key in ("export_gb", "bundle_gb")]
+            room.append(f"{facts['pass_gb']:.1f}" if "pass_gb" in facts else "-")
             rows.append([name, times[0], *room[:2], times[1], room[2]])
     return table(rows)
 

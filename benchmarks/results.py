@@ -4,11 +4,12 @@
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts of a page must come from one kind of machine and the same versions of packages they share;
-those that time the demo bundle must come from one commit, and so must those that judge its texts. A
-part takes minutes to hours, so the others may be measured separately. A folder next to the parts,
-written by `measure.py --out`, holds the results of another kind of machine, and gets its own page;
-README.md has the table of `README_MACHINE`.
+All parts of a page must come from one kind of machine; those that time the demo bundle must come
+from one commit and the same versions of packages they share, and so must those that judge its
+texts. A part takes minutes to hours, so the others may be measured separately: the page names the
+versions in which they differ from most parts. A folder next to the parts, written by
+`measure.py --out`, holds the results of another kind of machine, and gets its own page; README.md
+has the table of `README_MACHINE`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ from dash_onnx.bench.picture import draw
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 README_MACHINE = "vnni"
-SAME = ("machine", "versions")
-SAME_BUNDLE = ("commit", "bundle")
+SAME = ("machine",)
+SAME_BUNDLE = ("commit", "versions", "bundle")
 TIMED, JUDGED = ("bundle", "speed", "memory", "context"), ("quality", "tasks", "answers")
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 ORIGINS = {
@@ -103,12 +105,14 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         seconds,
         shown,
     )
+    versions = common_versions(parts)
     return template.render(
         parts=parts,
         machine=machine,
         others=others,
         any=next(iter(parts.values()), None),
-        versions={name: v for part in parts.values() for name, v in part["versions"].items()},
+        versions=versions,
+        noted=any(part["versions"].items() - versions.items() for part in parts.values()),
         commits=sorted({(part["date"], part["commit"]) for part in parts.values()}),
         files={
             name: file
@@ -118,6 +122,15 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         },
         **{function.__name__: function for function in functions},
     )
+
+
+def common_versions(parts: dict[str, tables.Part]) -> dict[str, str]:
+    """By package: the version that most parts used, the first of equally common ones."""
+    counts: dict[str, Counter[str]] = {}
+    for _, part in sorted(parts.items()):
+        for name, version in part["versions"].items():
+            counts.setdefault(name, Counter())[version] += 1
+    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
 
 
 def origin(sha256: str) -> str:

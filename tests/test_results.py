@@ -44,6 +44,7 @@ DRAFTS = {
 MEAN = {"target": "int8", "kind": "Spec-Bench, geometric mean"}
 DRAWN = {"target": "int8", "kind": "all", "nats_error": 0.02}
 FIRST = {"precision": "int8", "chats": 20, "kl": 0.002, "kl_stderr": 0.0, "kl_max": 0.01}
+SCALE = {"export_s": 300.0, "export_gb": 4.0, "bundle_gb": 1.6, "pass_s": 12.0}
 PRINTED: dict[str, list[tuple[str, Any]]] = {
     "speed": [
         (
@@ -147,6 +148,18 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ),
         ("dash-bench out --peer genai:peers/int4", BENCH),
         ("dash-bench out --peer genai:peers/int4 --prompts lines.txt", BENCH),
+    ],
+    "scale": [
+        (
+            "python benchmarks/scale.py models --json",
+            [
+                {
+                    "shape": "1b",
+                    "measured": [{**SCALE, "layers": n, "pass_gb": 2.3} for n in (2, 4)],
+                    **(SCALE | {"layers": 16, "export_s": 900.0}),
+                }
+            ],
+        )
     ],
     "shapes": [
         ("python benchmarks/big.py model --shape lfm2-1.2b --layers 16 --gguf q4_0.gguf", None),
@@ -277,6 +290,8 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| qa | 91 | 123 | 1.35 |",
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
+        "| 1b, 4 layers | 5.0 | 4.0 | 1.6 | 0.2 | 2.3 |",
+        "| 1b, 16 layers | 15.0 | 4.0 | 1.6 | 0.2 | - |",
         *(
             f"{layers} layers. The graphs, calibrated on 2,000 tokens instead of the usual 8,000, "
             "were written in 2 min and 2.0 GB of memory."
@@ -306,12 +321,32 @@ def test_a_part_with_a_model_of_its_own_may_be_measured_at_another_commit(
     results: Any, parts: dict[str, Any], tmp_path: Path
 ) -> None:
     parts = copy.deepcopy(parts)
-    parts["other"].update(commit="another", bundle="")
+    parts["other"].update(commit="another", bundle="", versions={"numpy": "2.5"})
     for name, part in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     page = results.page(results.read(tmp_path))
-    assert page.count("Measured at commit `another`") == 1
+    assert "numpy 2.4, unless noted." in page and "unless noted" not in results.page({})
+    assert page.count("Measured with numpy 2.5 at commit `another`") == 1
     assert f"Measured at commit `{parts['tasks']['commit']}`" in page
+
+
+def test_each_phase_of_a_large_export_grows_with_what_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import scale
+
+    few = {**SCALE, "layers": 2, "phases_s": {}}
+    phases = {"layers": 100.0, "LM head": 40.0, "losses": 30.0}
+    more = {**SCALE, "layers": 4, "export_s": 180.0, "bundle_gb": 1.8, "phases_s": phases}
+    found = scale.extrapolated("1b", few, more)
+    assert found["layers"] == 16 and found["bundle_gb"] == pytest.approx(1.8 + 12 * 0.1)
+    # Layers take four times as long; the LM head and what has no phase, as long as before.
+    losses = found["export_s"] - 4 * 100 - 40 - (180 - 170)
+    assert 30 < losses < 4 * 30, "they run the LM head, too"
+    assert found["pass_s"] / 12 == pytest.approx(losses / 30, rel=1e-3)
+    found = scale.extrapolated("1b", few, {**more, "bundle_gb": 1.5})
+    assert found["bundle_gb"] == 1.6, "nothing shrinks with more layers"
 
 
 def test_another_machine_has_a_page_of_its_own(
